@@ -1,0 +1,49 @@
+# vswap: `make demo` runs it, `make test` checks it. Both set up everything themselves.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test ci lint types proto bench up down clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vswap needs Python >= 3.11; $(PYTHON) is older (set PYTHON=...)"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 2; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## run a whole cluster on this machine (ARGS="--seconds 10 --json out.json")
+	$(BIN)/vswap demo $(ARGS)
+
+test: lint types ## lint, types and every test that needs nothing but pip (ARGS="-k name")
+	$(BIN)/pytest -m "not live" $(ARGS)
+
+ci: test ## `make test` plus what needs root or Debian packages
+	deploy/ci.sh
+
+lint: $(STAMP) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+proto: $(STAMP) ## regenerate the protobuf modules
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/vswap/v1/*.proto
+
+bench: $(STAMP) ## speed and memory, alternatives interleaved, each with floor and aim
+	$(BIN)/python -m benchmarks $(ARGS)
+
+up: ## start the compose cluster
+	docker compose -f deploy/compose.yaml up --build --detach --wait
+
+down: ## stop the compose cluster and remove its volumes
+	docker compose -f deploy/compose.yaml --profile load down --volumes
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
