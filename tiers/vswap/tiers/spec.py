@@ -25,7 +25,7 @@ SCHEMES = ("ram", "redis", "rediss", "redis+unix", "file", "s3", "gs", "az", "me
 
 
 class TierSpec(BaseModel):
-    """One tier. Immutable; bytes are bytes, shares are 0..1, see ``common.proto`` for each field."""
+    """One tier. Immutable; shares are 0..1; ``common.proto`` explains each field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
