@@ -28,9 +28,9 @@ class AsyncClient:
 
     Any number of tasks of one event loop may call at once over the one connection. A call that
     fails for a passing reason (TierUnavailable, Unreachable, OutcomeUnknown) is repeated with
-    growing pauses for ``retry_s`` seconds (0: never); one attempt takes at most ``deadline_s``. Every
-    error is a `vswap.wire.errors.VswapError`; OutcomeUnknown from a store, free or confirm means
-    that it may have happened, and that repeating it is safe.
+    growing pauses for ``retry_s`` seconds (0: never); one attempt takes at most ``deadline_s``.
+    Every error is a `vswap.wire.errors.VswapError`; OutcomeUnknown from a store, free or confirm
+    means that it may have happened, and that repeating it is safe.
     """
 
     def __init__(self, address: str, *, deadline_s: float = 30.0, retry_s: float = 10.0) -> None:

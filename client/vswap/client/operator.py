@@ -130,7 +130,9 @@ class Operator:
         error = from_rpc_error(failure, self.address)
         if isinstance(error, Unreachable):
             return Unreachable(
-                f"no coordinator at {self.address} (connection refused)", address=self.address
+                f"no coordinator answers at {self.address} (another one: --coordinator or "
+                "VSWAP_COORDINATOR)",
+                address=self.address,
             )
         if isinstance(error, OutcomeUnknown):
             return OutcomeUnknown(f"the coordinator at {self.address} does not answer")

@@ -1,0 +1,225 @@
+"""`vswap drain`, `migrate`, `compact` and `vswap job`: work that moves pages."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from vswap.cli import exits, options, output, units, watch
+from vswap.client import Operator
+from vswap.v1 import coordinator_pb2
+
+app = typer.Typer(help="See, follow and cancel jobs.", no_args_is_help=True)
+
+Job = coordinator_pb2.Job
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, as `job list` shows it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only check and tell what would happen.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Start it and return at once.")]
+
+
+def drain(
+    tier: Annotated[str, typer.Argument(help="Tier to empty.")],
+    dry_run: DryRun = False,
+    rate: options.Rate = None,
+    detach: Detach = False,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Move every page out of a tier, so that its server can be switched off.
+
+    All pages stay readable and writable. Refused if the other tiers have no room for them.
+    Ctrl-C leaves the drain running (exit code 130).
+    """
+    spec = coordinator_pb2.JobSpec(kind="MOVE_KIND_DRAIN", tier=tier, rate_bytes_s=rate or 0)
+    _start(coordinator, spec, dry_run, detach, as_json)
+
+
+def migrate(
+    source: Annotated[str, typer.Option("--from", metavar="TIER", help="Move pages from here...")],
+    to: Annotated[str, typer.Option("--to", metavar="TIER", help="...to here, faster or slower.")],
+    how_much: Annotated[
+        int | None,
+        typer.Option(
+            "--bytes",
+            parser=options.parsed(units.parse_size),
+            metavar="SIZE",
+            help="Stored bytes to move at most.",
+        ),
+    ] = None,
+    older_than: Annotated[
+        float | None,
+        typer.Option(
+            "--older-than",
+            parser=options.parsed(units.parse_duration),
+            metavar="TIME",
+            help="Only what was written so long ago.",
+        ),
+    ] = None,
+    rate: options.Rate = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Move pages from one tier to another."""
+    spec = coordinator_pb2.JobSpec(
+        kind="MOVE_KIND_MIGRATE",
+        tier=source,
+        destination=to,
+        byte_budget=how_much or 0,
+        older_than_s=older_than or 0,
+        rate_bytes_s=rate or 0,
+    )
+    _start(coordinator, spec, dry_run, detach, as_json)
+
+
+def compact(
+    tier: Annotated[str, typer.Argument(help="Tier to rewrite.")],
+    target: Annotated[
+        float, typer.Option("--target", min=0.01, max=1, help="Live share of the stored bytes.")
+    ] = 0.9,
+    rate: options.Rate = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Rewrite badly used segments of a tier, so that freed and overwritten pages give room."""
+    spec = coordinator_pb2.JobSpec(
+        kind="MOVE_KIND_COMPACT", tier=tier, target_utilisation=target, rate_bytes_s=rate or 0
+    )
+    _start(coordinator, spec, dry_run, detach, as_json)
+
+
+@app.command("list")
+def list_jobs(
+    ended: Annotated[bool, typer.Option("--all", help="Those that are over as well.")] = False,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """List jobs."""
+    with options.operator(coordinator) as cluster:
+        jobs = cluster.jobs(ended=ended)
+    if as_json:
+        output.print_json([output.plain(job) for job in jobs])
+        return
+    output.stdout().print(job_table(jobs))
+
+
+@app.command()
+def show(
+    job_id: JobId,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Show one job, node by node."""
+    with options.operator(coordinator) as cluster:
+        job = next(iter(cluster.watch_job(job_id)))
+    _show(job, as_json)
+
+
+@app.command("watch")
+def watch_job(
+    job_id: JobId,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Follow a job until it ends."""
+    with options.operator(coordinator) as cluster:
+        _follow(cluster, job_id, as_json)
+
+
+@app.command()
+def cancel(
+    job_id: JobId,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Stop a job. What it moved stays moved; a tier that was being drained is active again."""
+    with options.operator(coordinator) as cluster:
+        _show(cluster.cancel_job(job_id), as_json)
+
+
+def job_table(jobs: list[Job]) -> output.Table:
+    """One line per job."""
+    rows = [
+        (
+            job.id,
+            watch.title(job),
+            watch.state_of(job),
+            units.size(job.bytes_moved),
+            units.size(job.bytes_total),
+            units.duration(job.eta_s) if watch.state_of(job) not in watch.ENDED else "-",
+            "the coordinator" if job.automatic else "an operator",
+            job.reason or "-",
+        )
+        for job in jobs
+    ]
+    columns = ("JOB", "WHAT", "STATE", ">MOVED", ">OF", ">LEFT", "STARTED BY", "REASON")
+    return output.table(columns, rows)
+
+
+def _start(
+    coordinator: str, spec: coordinator_pb2.JobSpec, dry_run: bool, detach: bool, as_json: bool
+) -> None:
+    with options.operator(coordinator) as cluster:
+        job = cluster.start_job(spec, dry_run=dry_run)
+        if dry_run or detach:
+            _show(job, as_json)
+        else:
+            _follow(cluster, job.id, as_json)
+
+
+def _follow(cluster: Operator, job_id: str, as_json: bool) -> None:
+    try:
+        job = watch.watch(cluster, job_id)
+    except KeyboardInterrupt:
+        output.stderr().print(
+            f"\ndetached; the job goes on\n"
+            f"  follow it again:  vswap job watch {job_id}\n"
+            f"  stop it:          vswap job cancel {job_id}",
+            markup=False,
+        )
+        raise typer.Exit(exits.INTERRUPTED) from None
+    _show(job, as_json)
+    if watch.state_of(job) != "done":
+        raise typer.Exit(exits.INTERNAL)
+
+
+def _show(job: Job, as_json: bool) -> None:
+    if as_json:
+        output.print_json(output.plain(job))
+        return
+    console = output.stdout()
+    state = watch.state_of(job)
+    if state == "planned":
+        console.print(f"{watch.title(job)}: possible, nothing was changed", markup=False)
+        console.print(
+            f"would move {units.size(job.bytes_total)} ({units.count(job.pages_left)} pages)"
+        )
+    else:
+        took = f" in {units.duration(job.ended_at - job.created_at)}" if job.ended_at else ""
+        console.print(f"job {job.id}: {watch.progress_line(job)}{took}", markup=False)
+        if state in ("running", "blocked"):
+            started = units.duration(max(0.0, time.time() - job.created_at))
+            console.print(f"started {started} ago; follow it: vswap job watch {job.id}")
+    if job.room_bytes and state == "planned":
+        rooms = [(tier, units.size(room)) for tier, room in sorted(job.room_bytes.items())]
+        console.print(output.table(("ROOM IN", ">BYTES"), rows=rooms))
+    if job.nodes:
+        rows = [
+            (
+                node.node,
+                node.state,
+                units.count(node.pages_moved),
+                units.size(node.bytes_moved),
+                units.size(node.bytes_left),
+                node.reason or "-",
+            )
+            for node in job.nodes
+        ]
+        columns = ("NODE", "STATE", ">PAGES MOVED", ">MOVED", ">LEFT", "REASON")
+        console.print(output.table(columns, rows))

@@ -1,0 +1,106 @@
+"""`vswap node`: the nodes of the cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vswap.cli import options, output, units
+from vswap.v1 import common_pb2
+
+app = typer.Typer(help="See nodes, and declare lost ones gone.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_nodes(
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR, as_json: options.Json = False
+) -> None:
+    """List the nodes that the coordinator knows."""
+    with options.operator(coordinator) as cluster:
+        status = cluster.cluster()
+    if as_json:
+        output.print_json([output.plain(node) for node in status.nodes])
+        return
+    rows = [
+        (
+            node.name,
+            node.state,
+            node.address,
+            units.count(node.pages),
+            units.count(node.fill_pages),
+            units.size(sum(tier.stored_bytes for tier in node.tiers)),
+            f"{units.duration(node.last_seen_s_ago)} ago",
+        )
+        for node in status.nodes
+    ]
+    columns = ("NODE", "STATE", "ADDRESS", ">PAGES", ">FILL", ">STORED", "LAST SEEN")
+    output.stdout().print(output.table(columns, rows))
+
+
+@app.command()
+def show(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Node to show.")] = None,
+    node_address: options.NodeAddress = None,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Show one node as it sees itself: tiers, pressure, counters."""
+    with options.node_client(coordinator, name, node_address) as client:
+        status = client.status()
+    if as_json:
+        output.print_json(output.plain(status))
+        return
+    console = output.stdout()
+    total = status.usable_total_bytes
+    used = units.percent(1 - status.usable_free_bytes / total) if total else "?"
+    console.print(f"node {status.name} ({status.version}), pid {status.pid}")
+    console.print(f"coordinator: {status.coordinator}, configuration {status.generation}")
+    console.print(f"pages: {units.count(status.pages)}, fill: {units.count(status.fill_pages)}")
+    console.print(f"backing: {used} used, {units.size(status.usable_free_bytes)} of pages free")
+    console.print()
+    console.print(tier_table(list(status.tiers)))
+    counters = [(name, units.count(value)) for name, value in sorted(status.counters.items())]
+    if counters:
+        console.print()
+        console.print(output.table(("COUNTER", ">SINCE START"), counters))
+
+
+@app.command()
+def forget(
+    name: Annotated[str, typer.Argument(help="Name or shard uuid of a node that is absent.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+) -> None:
+    """Declare that a node never comes back: its pages on shared tiers are deleted."""
+    if not yes:
+        typer.confirm(f"Delete all pages of node {name} on shared tiers for good?", abort=True)
+    with options.operator(coordinator) as cluster:
+        reply = cluster.forget_node(name)
+    typer.echo(
+        f"forgot {name}: {reply.segments_deleted} segments, {units.size(reply.bytes_deleted)}"
+    )
+
+
+def tier_table(tiers: list[common_pb2.TierUsage]) -> output.Table:
+    """What lies in each tier of one node."""
+    rows = [
+        (
+            tier.tier,
+            "node" if tier.local else "cluster",
+            output.enum_name(tier, "state") if tier.available else "not available",
+            units.count(tier.pages),
+            units.size(tier.logical_bytes),
+            units.size(tier.stored_bytes),
+            units.size(tier.limit_bytes),
+            utilisation(tier),
+        )
+        for tier in sorted(tiers, key=lambda tier: (tier.rank, tier.tier))
+    ]
+    columns = ("TIER", "SCOPE", "STATE", ">PAGES", ">LOGICAL", ">STORED", ">MAY HOLD", ">LIVE")
+    return output.table(columns, rows)
+
+
+def utilisation(tier: common_pb2.TierUsage) -> str:
+    """Live bytes over stored bytes."""
+    return units.percent(tier.live_bytes / tier.stored_bytes) if tier.stored_bytes else "-"

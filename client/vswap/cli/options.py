@@ -1,0 +1,92 @@
+"""Options that many commands share, and how they find the coordinator and a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from vswap.cli import units
+from vswap.client import Client, Operator
+from vswap.wire.errors import InvalidRequest, UnknownNode
+
+DEFAULT_COORDINATOR = "127.0.0.1:7070"
+
+T = TypeVar("T")
+
+
+def parsed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser for an option: what it cannot read is a usage error with its own message."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    convert.__name__ = parse.__name__.removeprefix("parse_")
+    return convert
+
+
+Coordinator = Annotated[
+    str,
+    typer.Option(
+        "--coordinator",
+        envvar="VSWAP_COORDINATOR",
+        metavar="ADDRESS",
+        help="Coordinator: host:port or unix:/path.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NodeName = Annotated[
+    str | None,
+    typer.Option("--node", metavar="NAME", help="Node, by its name at the coordinator."),
+]
+NodeAddress = Annotated[
+    str | None,
+    typer.Option("--node-address", metavar="ADDRESS", help="Node, without a coordinator."),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Configuration in TOML.")
+]
+Size = Annotated[int, typer.Option(parser=parsed(units.parse_size), metavar="SIZE")]
+Rate = Annotated[
+    int | None,
+    typer.Option(
+        "--rate",
+        parser=parsed(units.parse_rate),
+        metavar="SIZE/s",
+        help="Stored bytes a second at most.",
+    ),
+]
+
+
+def operator(address: str) -> Operator:
+    return Operator(address)
+
+
+def node_address(coordinator: str, node: str | None, address: str | None) -> str:
+    """Where a node is reached: given directly, or looked up at the coordinator.
+
+    Without a name the cluster's only node is meant.
+    """
+    if address is not None:
+        return address
+    with Operator(coordinator) as cluster:
+        nodes = cluster.cluster().nodes
+    named = [n for n in nodes if node is None or node in (n.name, n.shard_uuid)]
+    if len(named) == 1:
+        return str(named[0].address)
+    there = ", ".join(sorted(n.name for n in nodes)) or "none"
+    if node is None:
+        raise InvalidRequest(f"say which node with --node (the cluster has: {there})")
+    raise UnknownNode(f"no node {node!r} in the cluster (there: {there})", node=node)
+
+
+def node_client(
+    coordinator: str, node: str | None, address: str | None, *, retry_s: float = 0
+) -> Client:
+    """A client of that node; commands do not repeat failed calls, the person at the shell may."""
+    return Client(node_address(coordinator, node, address), retry_s=retry_s)

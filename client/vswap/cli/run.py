@@ -1,0 +1,91 @@
+"""`vswap run`: the daemons."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vswap.cli import options, units
+
+app = typer.Typer(help="Run a daemon in the foreground.", no_args_is_help=True)
+
+Listen = Annotated[
+    str | None,
+    typer.Option("--listen", metavar="ADDRESS", help="Loopback host:port (0: any) or unix:/path."),
+]
+State = Annotated[
+    Path | None, typer.Option("--state", metavar="DIR", help="Directory of its state.")
+]
+Insecure = Annotated[
+    bool | None,
+    typer.Option("--insecure", help="Allow listening beyond this host, without encryption."),
+]
+
+
+@app.command()
+def coordinator(
+    listen: Listen = None,
+    state: State = None,
+    config: options.Config = None,
+    lease: Annotated[
+        float | None,
+        typer.Option(
+            "--lease",
+            parser=options.parsed(units.parse_duration),
+            metavar="TIME",
+            help="A node that is silent for so long counts as absent.",
+        ),
+    ] = None,
+    insecure: Insecure = None,
+) -> None:
+    """Run the coordinator. Flags win over VSWAP_COORDINATOR_* variables, these over the file."""
+    from vswap.coordinator import daemon
+
+    flags = _given(listen=listen, state_dir=_text(state), lease_s=lease, insecure=insecure)
+    raise typer.Exit(daemon.run(daemon.load_config(config, os.environ, flags)))
+
+
+@app.command()
+def node(
+    name: Annotated[
+        str | None, typer.Option("--name", help="Unique in the cluster; default: the host's name.")
+    ] = None,
+    listen: Listen = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            "--coordinator",
+            metavar="ADDRESS",
+            help="Coordinator to join (also VSWAP_COORDINATOR); none: the node works alone.",
+        ),
+    ] = None,
+    state: State = None,
+    config: options.Config = None,
+    insecure: Insecure = None,
+    fresh: Annotated[
+        bool | None, typer.Option("--fresh", help="Start empty; drop pages of an earlier run.")
+    ] = None,
+) -> None:
+    """Run a node. Flags win over VSWAP_NODE_* variables, these over the file."""
+    from vswap.node import daemon
+
+    flags = _given(
+        name=name,
+        listen=listen,
+        coordinator=coordinator,
+        state_dir=_text(state),
+        insecure=insecure,
+        fresh=fresh,
+    )
+    raise typer.Exit(daemon.run(daemon.load_config(config, os.environ, flags)))
+
+
+def _given(**flags: Any) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
