@@ -1,0 +1,343 @@
+"""The one mover: every way in which a stored page changes its place.
+
+Demotion, migration, drain and compaction differ only in which segments are handed in and what
+``choose`` answers::
+
+    1  pin the segment; nobody else picks it
+    2  read it, verify its hash, view the directory
+    3  live = the entries that still point at its records
+    4  choose a destination per live record; copy the encoded bytes (recode only where the
+       destination's codec asks for it)
+    5  append to the destination's log, wait for the backend's acknowledgement
+    6  compare-and-set each entry; who was stored again meanwhile is dead on arrival
+    7  unpin; the reaper deletes the segment when nothing is live and nobody reads
+
+A failure before 6 changes nothing. At every await each live slot has a readable copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+
+from vswap.node import entry
+from vswap.node.codecs import Codecs
+from vswap.node.handles import OPEN, SEALED, Handles
+from vswap.node.ledger import Ledger
+from vswap.node.log import MOVED
+from vswap.node.pacer import Pacer, Unpaced
+from vswap.node.reader import Reader
+from vswap.node.reaper import Reaper
+from vswap.node.tier import Tier
+from vswap.node.tiers import Tiers
+from vswap.tiers import ram
+from vswap.tiers.record import U8, U32, U64, Mask, Records, concatenate, meta_page_bytes
+from vswap.tiers.segment import parse
+from vswap.wire.errors import PageCorrupt, VswapError
+
+TURN_RECORDS = 64
+"""Records moved in one turn of the loop: a 2 MiB evacuation in one piece costs neighbours 1 ms."""
+
+_READS = 3
+_WRITES = 3
+_REREADS = 2
+
+STAY = 0
+"""A chooser's answer: the record stays in its segment."""
+
+Chooser = Callable[[Tier, Records], U8]
+"""Answers, per live record of a tier, the tag of its destination. The tier's own tag = rewrite."""
+
+logger = structlog.get_logger("vswap.node.evacuator")
+
+
+@dataclass(slots=True)
+class Moved:
+    """What an evacuation did; ``error`` is why some of it did not happen."""
+
+    pages: int = 0
+    bytes: int = 0
+    logical_bytes: int = 0
+    segments: int = 0
+    error: VswapError | None = None
+    stayed: int = 0
+    """Records that found no destination."""
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Live records of one segment on their way; keeps the segment pinned."""
+
+    handle: int
+    records: Records
+    words: U64
+
+
+@dataclass(slots=True)
+class _Run:
+    """One call of :meth:`Evacuator.evacuate`."""
+
+    moved: Moved
+    staged: defaultdict[int, list[_Piece]] = field(default_factory=lambda: defaultdict(list))
+    staged_bytes: Counter[int] = field(default_factory=Counter)
+    writes: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Evacuator:
+    """Moves records between tiers. Event loop only; several evacuations may run at once."""
+
+    def __init__(
+        self,
+        handles: Handles,
+        ledger: Ledger,
+        tiers: Tiers,
+        codecs: Codecs,
+        reader: Reader,
+        reaper: Reaper,
+    ) -> None:
+        self._handles = handles
+        self._ledger = ledger
+        self._tiers = tiers
+        self._codecs = codecs
+        self._reader = reader
+        self._reaper = reaper
+        self._busy: set[int] = set()
+        self.promised: Counter[int] = Counter()
+        """Bytes staged for each tier and not yet charged there: choosers count them as taken."""
+        self.counters: Counter[str] = Counter()
+
+    def movable(self, tier: Tier) -> list[int]:
+        """Segments of a tier that an evacuation may take now, oldest first."""
+        states = (OPEN, SEALED)
+        return [
+            handle
+            for handle in tier.segments
+            if handle not in self._busy
+            and self._handles.state(handle) in states
+            and not self._tiers.is_head(tier.tag, handle)
+        ]
+
+    async def evacuate(
+        self,
+        tier: Tier,
+        segments: Iterable[int],
+        choose: Chooser,
+        *,
+        pacer: Pacer | None = None,
+        moved: Moved | None = None,
+        until: Callable[[], bool] | None = None,
+    ) -> Moved:
+        """Evacuates segments of one tier, in this order, until all are done or ``until`` is true.
+
+        Never raises for what a backend does: see :attr:`Moved.error`. Pass ``moved`` to watch the
+        progress. Cancelling it is safe at any await.
+        """
+        pace = pacer or Unpaced()
+        run = _Run(moved if moved is not None else Moved())
+        run.moved.error = None
+        queue = [h for h in segments if h not in self._busy]
+        try:
+            for start in range(0, len(queue), _READS):
+                if run.moved.error is not None or (until is not None and until()):
+                    break
+                batch = [
+                    handle
+                    for handle in queue[start : start + _READS]
+                    if handle in tier.segments
+                    and handle not in self._busy
+                    and self._handles.state(handle) in (OPEN, SEALED)
+                ]
+                self._busy.update(batch)
+                try:
+                    await pace.take(sum(int(self._handles.live_bytes[h]) for h in batch))
+                    await asyncio.gather(*(self._segment(run, tier, h, choose) for h in batch))
+                finally:
+                    self._busy.difference_update(batch)
+            for tag, pieces in run.staged.items():
+                while pieces:
+                    await self._launch(run, tag)
+            await asyncio.gather(*run.writes)
+        finally:
+            for task in run.writes:
+                task.cancel()
+            await asyncio.gather(*run.writes, return_exceptions=True)
+            for tag, pieces in run.staged.items():
+                self.promised[tag] -= run.staged_bytes[tag]
+                for piece in pieces:
+                    self._reaper.unpin(piece.handle)
+        return run.moved
+
+    # ---------------------------------------------------------------- steps 1 to 4
+
+    async def _segment(self, run: _Run, tier: Tier, handle: int, choose: Chooser) -> None:
+        self._handles.pins[handle] += 1
+        try:
+            try:
+                records, loc = await self._read(tier, handle)
+            except VswapError as error:
+                run.moved.error = error
+                return
+            words = entry.tier_words(tier.tag, handle, loc)
+            for start in range(0, len(records), TURN_RECORDS):
+                turn = slice(start, start + TURN_RECORDS)
+                await self._turn(run, tier, handle, records.take(turn), words[turn], choose)
+                await asyncio.sleep(0)
+                if run.moved.error is not None:
+                    return
+            run.moved.segments += 1
+        finally:
+            self._reaper.unpin(handle)
+
+    async def _turn(
+        self, run: _Run, tier: Tier, handle: int, records: Records, words: U64, choose: Chooser
+    ) -> None:
+        live = self._ledger.live(records, tier.tag, handle, entry.lows(words))
+        if not live.all():
+            records, words = records.take(live), words[live]
+        if not len(records):
+            return
+        targets = choose(tier, records)
+        for tag in np.unique(targets).tolist():
+            index = targets == tag
+            chosen = records.take(index)
+            if tag == STAY:
+                run.moved.stayed += len(chosen)
+                continue
+            target = self._tiers.by_tag(tag)
+            if target.ram is not None:
+                await self._into_ram(run, target, chosen, words[index])
+            else:
+                await self._stage(run, tag, _Piece(handle, chosen, words[index]))
+
+    async def _read(self, tier: Tier, handle: int) -> tuple[Records, U32]:
+        """The segment's records, verified; what fails its check is quarantined and left out."""
+        if tier.ram is not None:
+            row = self._handles.rows[handle]
+            name = tier.segment_name(handle)
+            block = tier.ram.view(int(row["block"]))
+            records, loc = ram.read_block(block, int(row["records"]), name)
+            ok = await self._verify(records)
+            return self._quarantine(tier, handle, records, loc, ok)
+        for attempt in range(_REREADS + 1):
+            data = await self._reader.segment(tier, handle)
+            try:
+                parsed = parse(data, tier.segment_name(handle))
+            except PageCorrupt:
+                if attempt == _REREADS:
+                    raise
+                continue
+            if parsed.whole:
+                return parsed.records, parsed.loc
+        ok = await self._verify(parsed.records)
+        return self._quarantine(tier, handle, parsed.records, parsed.loc, ok)
+
+    async def _verify(self, records: Records) -> Mask:
+        parts = []
+        for start in range(0, len(records), TURN_RECORDS):
+            parts.append(records.take(slice(start, start + TURN_RECORDS)).valid())
+            await asyncio.sleep(0)
+        return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
+
+    def _quarantine(
+        self, tier: Tier, handle: int, records: Records, loc: U32, ok: Mask
+    ) -> tuple[Records, U32]:
+        """Sets damaged live records aside: their entries say so, and they block nothing else."""
+        if ok.all():
+            return records, loc
+        bad, bad_loc = records.take(~ok), loc[~ok]
+        live = self._ledger.live(bad, tier.tag, handle, bad_loc)
+        if live.any():
+            bad, bad_loc = bad.take(live), bad_loc[live]
+            old = entry.tier_words(tier.tag, handle, bad_loc)
+            poison = np.full(len(bad), entry.poison_word(tier.tag, entry.POISON_CORRUPT))
+            moved = self._ledger.flip_where(bad, old, poison)
+            tier.quarantined += int(moved.sum())
+            logger.error("records failed their check", tier=tier.name, records=int(moved.sum()))
+        return records.take(ok), loc[ok]
+
+    # ---------------------------------------------------------------- steps 5 to 7
+
+    async def _into_ram(self, run: _Run, target: Tier, records: Records, words: U64) -> None:
+        try:
+            ready = await self._codecs.transcode(records, target.codec)
+            placed = self._tiers.ram_log(target).place(ready, MOVED)
+        except VswapError as error:
+            run.moved.error = error
+            return
+        self._finish(run, target, ready, words, placed.words)
+        self._tiers.settle(target, placed)
+
+    async def _stage(self, run: _Run, tag: int, piece: _Piece) -> None:
+        self._handles.pins[piece.handle] += 1
+        run.staged[tag].append(piece)
+        cost = int(piece.records.cost.sum())
+        run.staged_bytes[tag] += cost
+        self.promised[tag] += cost
+        while run.staged_bytes[tag] >= self._tiers.by_tag(tag).segment_bytes:
+            await self._launch(run, tag)
+
+    async def _launch(self, run: _Run, tag: int) -> None:
+        """Writes one segment of what is staged, in the background; at most a few at once."""
+        while len(run.writes) >= _WRITES:
+            await asyncio.wait(run.writes, return_when=asyncio.FIRST_COMPLETED)
+        pieces = self._take_segment(run, tag)
+        if not pieces:
+            return
+        cost = sum(int(piece.records.cost.sum()) for piece in pieces)
+        run.staged_bytes[tag] -= cost
+        task = asyncio.create_task(self._write(run, tag, pieces, cost))
+        run.writes.add(task)
+        task.add_done_callback(run.writes.discard)
+
+    def _take_segment(self, run: _Run, tag: int) -> list[_Piece]:
+        """Takes what fills one segment off the staged pieces; splits the last one if need be."""
+        room = self._tiers.by_tag(tag).segment_bytes
+        staged, taken = run.staged[tag], []
+        while staged:
+            piece = staged[0]
+            ends = np.cumsum(piece.records.cost)
+            fit = int(np.searchsorted(ends, room, side="right"))
+            if fit == len(ends):
+                taken.append(staged.pop(0))
+                room -= int(ends[-1])
+                continue
+            if fit:
+                head, tail = slice(0, fit), slice(fit, None)
+                taken.append(_Piece(piece.handle, piece.records.take(head), piece.words[head]))
+                staged[0] = _Piece(piece.handle, piece.records.take(tail), piece.words[tail])
+                self._handles.pins[piece.handle] += 1
+            break
+        return taken
+
+    async def _write(self, run: _Run, tag: int, pieces: list[_Piece], cost: int) -> None:
+        target = self._tiers.by_tag(tag)
+        try:
+            records = concatenate([piece.records for piece in pieces])
+            words = np.concatenate([piece.words for piece in pieces])
+            ready = await self._codecs.transcode(records, target.codec)
+            placed = await self._tiers.segment_log(target).place(ready, evacuating=True)
+            for start in range(0, len(ready), TURN_RECORDS * 4):
+                turn = slice(start, start + TURN_RECORDS * 4)
+                self._finish(run, target, ready.take(turn), words[turn], placed.words[turn])
+                await asyncio.sleep(0)
+            self._tiers.settle(target, placed)
+        except VswapError as error:
+            run.moved.error = error
+        finally:
+            self.promised[tag] -= cost
+            for piece in pieces:
+                self._reaper.unpin(piece.handle)
+
+    def _finish(self, run: _Run, target: Tier, records: Records, old: U64, new: U64) -> None:
+        moved = self._ledger.flip_where(records, old, new)
+        done = records if moved.all() else records.take(moved)
+        run.moved.pages += len(done)
+        run.moved.bytes += int(done.cost.sum())
+        run.moved.logical_bytes += int(meta_page_bytes(done.meta).sum())
+        self.counters["evacuated_pages"] += len(done)
+        self.counters[f"moved_to_{target.name}_pages"] += len(done)

@@ -1,0 +1,75 @@
+"""Grants: bytes of a cluster tier that the coordinator lets this node hold.
+
+A node asks for more before it runs out and gives back what it does not need. Without a coordinator
+it lives within what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from vswap.node.tier import Tier
+
+_CHUNK_BYTES = 32 * 2**20
+_WAIT_S = 2.0
+
+
+class Grants:
+    """Event loop only. ``wanted`` is called with (tier name, total bytes) to send a request."""
+
+    def __init__(self, promised: Callable[[int], int]) -> None:
+        self._promised = promised
+        self._asked: dict[str, int] = {}
+        self.wanted: Callable[[str, int], None] | None = None
+        """Set while the coordinator is connected."""
+
+    def set(self, tier: Tier, total_bytes: int) -> None:
+        """The coordinator's answer."""
+        tier.limit_bytes = total_bytes
+        self._asked.pop(tier.name, None)
+        tier.room_changed.set()
+
+    def ahead(self, tier: Tier, need_bytes: int = 0) -> None:
+        """Asks for more if the tier runs low; never waits."""
+        if tier.local or self.wanted is None:
+            return
+        used = tier.stored_bytes + self._promised(tier.tag) + need_bytes
+        chunk = min(
+            _CHUNK_BYTES, max(tier.spec.capacity_bytes // 16, 2 * tier.backend.segment_bytes)
+        )
+        total = used + chunk + tier.reserve_bytes
+        if used + tier.reserve_bytes + chunk // 2 <= tier.limit_bytes:
+            return
+        if self._asked.get(tier.name, 0) < total:
+            self._asked[tier.name] = total
+            self.wanted(tier.name, total)
+
+    async def want(self, tier: Tier, need_bytes: int) -> bool:
+        """Asks and waits a little; True if the tier now has room for ``need_bytes``."""
+        if tier.local or self.wanted is None or not tier.writable:
+            return False
+        self._asked.pop(tier.name, None)
+        tier.room_changed.clear()
+        self.ahead(tier, need_bytes)
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                while tier.room(evacuating=False) < need_bytes + 4096:
+                    if tier.name not in self._asked:
+                        return False
+                    await tier.room_changed.wait()
+                    tier.room_changed.clear()
+        except TimeoutError:
+            return False
+        return True
+
+    def give_back(self, tier: Tier) -> None:
+        """Returns room that the node does not need. From here on it does not count on it."""
+        if tier.local or self.wanted is None or tier.name in self._asked:
+            return
+        used = tier.stored_bytes + self._promised(tier.tag)
+        keep = used + 2 * _CHUNK_BYTES + tier.reserve_bytes if used else 0
+        if tier.limit_bytes > keep + 2 * _CHUNK_BYTES or (not used and tier.limit_bytes):
+            tier.limit_bytes = keep
+            self._asked[tier.name] = keep
+            self.wanted(tier.name, keep)

@@ -1,0 +1,207 @@
+"""Logs: where records of a tier are appended.
+
+Both kinds answer :class:`Placed`: entries that say where the records lie, not yet in any table. The
+segments are pinned until :meth:`settle`, so that nothing is deleted between its acknowledgement
+and the flip; what no flip took is dead on arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vswap.node import entry
+from vswap.node.handles import DELETING, OPEN, SEALED, WRITING, Handles
+from vswap.node.reaper import Reaper
+from vswap.node.tier import Tier
+from vswap.tiers import ram
+from vswap.tiers.backend import Read
+from vswap.tiers.record import ROW_BYTES, U64, Records, cut, salt
+from vswap.tiers.segment import TRAILER_BYTES, build, shard_key
+from vswap.wire.errors import OutcomeUnknown, OutOfTiers, PageCorrupt, VswapError
+
+STORES, MOVED = 0, 1
+"""The two open blocks of a RAM log: what clients store, and what survived an evacuation."""
+
+_TRANSFERS = 3
+"""Writes in flight per tier. One in flight halves the speed of a drain; more gain nothing."""
+
+
+@dataclass(slots=True)
+class Placed:
+    """Where records lie now: one entry each, and the segments that hold them."""
+
+    words: U64
+    segments: list[int] = field(default_factory=list)
+
+
+class RamLog:
+    """Appends to blocks of RAM in place; synchronous."""
+
+    def __init__(self, tier: Tier, arena: ram.RamBackend, handles: Handles, reaper: Reaper) -> None:
+        self._tier = tier
+        self._arena = arena
+        self._handles = handles
+        self._reaper = reaper
+        self._heads: list[int | None] = [None, None]
+        self._now = tier._clock
+
+    def is_head(self, handle: int) -> bool:
+        return handle in self._heads
+
+    def _blocks(self, stream: int) -> int:
+        reserve = self._tier.reserve_bytes // self._arena.block_bytes if stream == STORES else 0
+        return self._arena.free_blocks - reserve
+
+    def _head_room(self, stream: int) -> int:
+        head = self._heads[stream]
+        if head is None:
+            return 0
+        row = self._handles.rows[head]
+        used = int(row["payload"]) + int(row["records"]) * ROW_BYTES
+        return self._arena.block_bytes - used
+
+    def place(self, records: Records, stream: int) -> Placed:
+        """Appends; all or nothing. Raises OutOfTiers when the tier or shared memory is full."""
+        runs = cut(records.cost, self._head_room(stream), self._arena.block_bytes)
+        if len(runs) - 1 > self._blocks(stream):
+            raise OutOfTiers(
+                f"tier {self._tier.name} is full", tier=self._tier.name,
+                need=int(records.cost.sum()),
+            )  # fmt: skip
+        fresh: list[int] = []
+        try:
+            while len(fresh) < len(runs) - 1:
+                fresh.append(self._new_block())
+        except OutOfTiers:
+            for opened in fresh:
+                self._reaper.unpin(opened)
+            raise
+        heads = [self._heads[stream], *fresh]
+        if heads[0] is not None:
+            self._handles.pins[heads[0]] += 1
+        placed = Placed(np.empty(len(records), np.uint64), [h for h in heads if h is not None])
+        for run, handle in zip(runs, heads, strict=True):
+            if run.stop > run.start and handle is not None:
+                placed.words[run] = self._append(handle, records.take(run))
+        self._heads[stream] = heads[-1]
+        return placed
+
+    def settle(self, placed: Placed) -> None:
+        for handle in placed.segments:
+            self._reaper.unpin(handle)
+
+    def _new_block(self) -> int:
+        handle = self._handles.create(self._tier.tag, OPEN, self._now())
+        name = self._tier.segment_name(handle)
+        try:
+            block = self._arena.allocate(name)
+        except OutOfTiers:
+            self._handles.recycle(handle)
+            raise
+        row = self._handles.rows[handle]
+        row["block"], row["stored"] = block, self._arena.block_bytes
+        self._tier.segments[handle] = None
+        self._tier.charge(self._arena.block_bytes)
+        self._handles.pins[handle] += 1
+        return handle
+
+    def _append(self, handle: int, records: Records) -> U64:
+        row = self._handles.rows[handle]
+        own = salt(shard_key(self._handles.shard), self._handles.serial(handle))
+        payload, count = int(row["payload"]), int(row["records"])
+        loc = ram.append(
+            self._arena.view(int(row["block"])), records, payload=payload, count=count, own=own
+        )
+        row["payload"] = payload + int(records.size.sum())
+        row["records"] = count + len(records)
+        return entry.tier_words(self._tier.tag, handle, loc)
+
+
+class SegmentLog:
+    """Writes whole segments to a backend; several in flight, all or nothing per call."""
+
+    def __init__(self, tier: Tier, handles: Handles, reaper: Reaper) -> None:
+        self._tier = tier
+        self._handles = handles
+        self._reaper = reaper
+        self._transfers = asyncio.Semaphore(_TRANSFERS)
+        self._now = tier._clock
+
+    def is_head(self, handle: int) -> bool:
+        return False
+
+    async def place(self, records: Records, *, evacuating: bool) -> Placed:
+        """Seals records into as few segments as hold them and waits for the backend's ack.
+
+        Raises OutOfTiers (no room or grant; nothing was written), TierUnavailable or
+        OutcomeUnknown (what was written is deleted in the background).
+        """
+        room = self._tier.segment_bytes
+        runs = [run for run in cut(records.cost, room, room) if run.stop > run.start]
+        need = int(records.cost.sum()) + len(runs) * TRAILER_BYTES
+        if need > self._tier.room(evacuating=evacuating):
+            raise OutOfTiers(
+                f"tier {self._tier.name} has no room for {need} bytes", tier=self._tier.name,
+                need=need, room=self._tier.room(evacuating=evacuating),
+            )  # fmt: skip
+        self._tier.writing += 1
+        try:
+            if len(runs) == 1:
+                word, handle = await self._write(records)
+                return Placed(word, [handle])
+            done = await asyncio.gather(
+                *(self._write(records.take(run)) for run in runs), return_exceptions=True
+            )
+        finally:
+            self._tier.writing -= 1
+        failures = [result for result in done if isinstance(result, BaseException)]
+        written = [result for result in done if not isinstance(result, BaseException)]
+        if failures:
+            for _, handle in written:
+                self._reaper.unpin(handle)
+            raise failures[0]
+        return Placed(np.concatenate([w for w, _ in written]), [handle for _, handle in written])
+
+    def settle(self, placed: Placed) -> None:
+        for handle in placed.segments:
+            self._reaper.unpin(handle)
+
+    async def _write(self, records: Records) -> tuple[U64, int]:
+        stored = (
+            int(records.cost.sum()) + self._tier.backend.segment_bytes - self._tier.segment_bytes
+        )
+        handle = self._handles.create(self._tier.tag, WRITING, self._now(), stored=stored)
+        self._handles.pins[handle] += 1
+        self._tier.segments[handle] = None
+        self._tier.charge(stored)
+        name = self._tier.segment_name(handle)
+        try:
+            async with self._transfers:
+                built = build(records, name)
+                await self._tier.backend.put(name, built.data.data)
+                if self._tier.spec.verify_writes:
+                    await self._read_back(handle, built.data.data)
+        except BaseException as error:
+            # The write may have happened, and may still happen: the serial is burnt.
+            self._handles.set_state(handle, DELETING)
+            self._handles.pins[handle] -= 1
+            self._reaper.delete_later(handle)
+            if isinstance(error, VswapError):
+                self._tier.failed(error)
+            raise
+        self._tier.succeeded()
+        row = self._handles.rows[handle]
+        row["payload"], row["records"] = built.payload_bytes, len(records)
+        self._handles.set_state(handle, SEALED)
+        return entry.tier_words(self._tier.tag, handle, built.loc), handle
+
+    async def _read_back(self, handle: int, data: memoryview) -> None:
+        read = Read(self._tier.segment_name(handle), 0, len(data))
+        [got] = await self._tier.backend.get([read])
+        if isinstance(got, VswapError):
+            raise OutcomeUnknown(f"tier {self._tier.name}: read-back failed: {got}")
+        if got != data:
+            raise PageCorrupt(f"tier {self._tier.name} did not keep what it acknowledged")

@@ -1,0 +1,507 @@
+"""The pager: store, load, exclusive load and free, in batches.
+
+Every batch is atomic: an operation that raises has changed nothing. Between two awaits everything
+is atomic too, since the event loop is the only writer; what an operation saw before an await is
+checked again after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vswap.node import entry
+from vswap.node.codecs import Codecs
+from vswap.node.fill import find_fills
+from vswap.node.handles import Handles
+from vswap.node.ledger import Ledger
+from vswap.node.log import STORES, Placed
+from vswap.node.reader import Found, Reader
+from vswap.node.reaper import Reaper
+from vswap.node.spaces import Space
+from vswap.node.tickets import Tickets
+from vswap.node.tier import Tier, TierState
+from vswap.node.tiers import Tiers
+from vswap.tiers.record import I64, ROW_BYTES, U8, U64, Mask, Records
+from vswap.wire.errors import (
+    OutcomeUnknown,
+    OutOfTiers,
+    PageCorrupt,
+    PageLost,
+    SlotNotFound,
+    SlotOutOfRange,
+    SpaceFull,
+    StaleIncarnation,
+    TierUnavailable,
+    UnknownSpace,
+    VswapError,
+)
+
+_MAX_TOKENS = 4096
+_REREADS = 2
+_RECLAIM_DEADLINE_S = 30.0
+
+
+@dataclass(slots=True)
+class _Exclusive:
+    """An exclusive load that waits for its confirmation."""
+
+    space: Space
+    slots: U64
+    seen: list[int]
+    """The newest ticket of each slot at load time: any other now means it was stored since."""
+    expires_at: float
+
+
+class Pager:
+    """The data plane of a shard. All methods run on the event loop, concurrently.
+
+    Arrays: slots are uint64 (n,), pages uint8 (n, page_bytes), C-contiguous and not changed by the
+    caller until the call returns.
+    """
+
+    def __init__(
+        self,
+        handles: Handles,
+        ledger: Ledger,
+        tiers: Tiers,
+        codecs: Codecs,
+        reader: Reader,
+        reaper: Reaper,
+        *,
+        clock: Callable[[], float],
+        make_room: Callable[[list[tuple[Tier, int]]], Awaitable[bool]],
+        want_grant: Callable[[Tier, int], Awaitable[bool]],
+        exclusive_timeout_s: float,
+    ) -> None:
+        self._handles = handles
+        self._ledger = ledger
+        self._tiers = tiers
+        self._codecs = codecs
+        self._reader = reader
+        self._reaper = reaper
+        self._clock = clock
+        self._make_room = make_room
+        self._want_grant = want_grant
+        self._exclusive_timeout_s = exclusive_timeout_s
+        self._tickets = Tickets()
+        self._tokens: OrderedDict[int, _Exclusive] = OrderedDict()
+        self._confirmed: OrderedDict[int, int] = OrderedDict()
+        self.counters: Counter[str] = Counter()
+        self.on_hot: Callable[[Space, U64, U64, Found], None] | None = None
+        """Told of repeatedly loaded pages outside RAM: the promoter's ear."""
+
+    # ---------------------------------------------------------------- store
+
+    async def store(self, space: Space, slots: U64, pages: U8) -> None:
+        """Stores pages; returns once every one of them is where a load finds it.
+
+        A slot that occurs twice takes the last page. Raises SlotOutOfRange, SpaceFull (quota),
+        OutOfTiers (nothing has room), TierUnavailable (room may come back), UnknownSpace (deleted
+        meanwhile).
+        """
+        self._check(space, slots)
+        if not len(slots):
+            return
+        slots, pages = _last_wins(slots, pages)
+        ticket = self._handles.take_sequences(1)
+        listed = slots.tolist()
+        self._tickets.begin(space.number, listed)
+        try:
+            fills, patterns = find_fills(pages)
+            words = entry.fill_words(patterns)
+            if fills.all():
+                self._commit(space, slots, listed, words, ticket)
+            else:
+                await self._store_real(space, slots, listed, words, ~fills, pages, ticket)
+        finally:
+            self._tickets.end(space.number, listed)
+        self.counters["pages_stored"] += len(slots)
+
+    async def _store_real(
+        self, space: Space, slots: U64, listed: list[int], words: U64, real: Mask, pages: U8,
+        ticket: int,
+    ) -> None:  # fmt: skip
+        every = bool(real.all())
+        real_slots = slots if every else slots[real]
+        real_pages = pages if every else pages[real]
+        encoded: dict[str, Records] = {}
+
+        async def records_for(tier: Tier) -> Records:
+            found = encoded.get(tier.spec.codec)
+            if found is None:
+                n = len(real_slots)
+                found = encoded[tier.spec.codec] = await self._codecs.encode(
+                    tier.codec, real_pages,
+                    space=np.full(n, space.number, np.uint32), slot=real_slots.astype(np.uint32),
+                    sequence=np.full(n, ticket, np.uint64),
+                    page_shift=np.full(n, space.page_shift, np.uint64),
+                )  # fmt: skip
+            return found
+
+        done: list[tuple[Tier, Placed, slice]] = []
+        whole = slice(0, len(real_slots))
+        try:
+            await self._place(space, slots, whole, records_for, done)
+            located = np.empty(len(real_slots), np.uint64)
+            for _, placed, part in done:
+                located[part] = placed.words
+            words[real] = located
+            self._commit(space, slots, listed, words, ticket)
+        finally:
+            for tier, placed, _ in done:
+                self._tiers.settle(tier, placed)
+
+    async def _place(
+        self, space: Space, slots: U64, part: slice,
+        records_for: Callable[[Tier], Awaitable[Records]], done: list[tuple[Tier, Placed, slice]],
+    ) -> None:  # fmt: skip
+        """Places a part of the batch in one tier, or, where none has room for all of it, in halves.
+
+        What was placed is added to ``done``, also when the rest then finds no room.
+        """
+        try:
+            tier, placed = await self._place_in_one(space, slots, part, records_for)
+            done.append((tier, placed, part))
+        except OutOfTiers:
+            if part.stop - part.start < 2:
+                raise
+            middle = (part.start + part.stop) // 2
+            await self._place(space, slots, slice(part.start, middle), records_for, done)
+            await self._place(space, slots, slice(middle, part.stop), records_for, done)
+
+    async def _place_in_one(
+        self, space: Space, slots: U64, part: slice,
+        records_for: Callable[[Tier], Awaitable[Records]],
+    ) -> tuple[Tier, Placed]:  # fmt: skip
+        """Finds room: RAM at once, else RAM after reclaim, else straight to a slower tier."""
+        allowed = [tier for tier in self._tiers if space.limits.allows(tier.name)]
+        memory = [tier for tier in allowed if tier.ram is not None]
+        refused: VswapError | None = None
+        need = (part.stop - part.start) * space.page_bytes
+        deadline = self._clock() + _RECLAIM_DEADLINE_S
+        while True:
+            full: list[tuple[Tier, int]] = []
+            for tier in memory:
+                if not tier.writable:
+                    continue
+                records = (await records_for(tier)).take(part)
+                need = int(records.cost.sum())
+                try:
+                    self._check_limits(space, slots, need, tier)
+                    return tier, self._tiers.ram_log(tier).place(records, STORES)
+                except SpaceFull as error:
+                    refused = error
+                except OutOfTiers as error:
+                    refused = error
+                    full.append((tier, need))
+            if not full or self._clock() > deadline or not await self._make_room(full):
+                break
+        for tier in allowed:
+            if tier.ram is not None or not tier.writable:
+                continue
+            records = (await records_for(tier)).take(part)
+            need = int(records.cost.sum())
+            while True:
+                try:
+                    self._check_limits(space, slots, need, tier)
+                    log = self._tiers.segment_log(tier)
+                    return tier, await log.place(records, evacuating=False)
+                except SpaceFull as error:
+                    refused = error
+                    break
+                except OutOfTiers as error:
+                    refused = error
+                    if not await self._want_grant(tier, need):
+                        break
+                except (TierUnavailable, OutcomeUnknown):
+                    break
+        raise self._refusal(space, allowed, refused, need)
+
+    def _refusal(
+        self, space: Space, allowed: list[Tier], refused: VswapError | None, need: int
+    ) -> VswapError:
+        if isinstance(refused, SpaceFull):
+            space.events["quota"] += 1
+            return refused
+        sick = [t.name for t in allowed if not t.writable and t.state is TierState.ACTIVE]
+        if sick:
+            return TierUnavailable(
+                f"no room for {need} bytes, and {', '.join(sick)} cannot be written now",
+                tier=sick[0], need=need,
+            )  # fmt: skip
+        space.events["out_of_tiers"] += 1
+        return OutOfTiers(
+            f"space {space.name!r}: no allowed tier has room for {need} bytes of pages "
+            f"({', '.join(t.name for t in allowed) or 'no tier is allowed'})",
+            space=space.name, need=need, tiers=[t.name for t in allowed],
+        )  # fmt: skip
+
+    def _check_limits(self, space: Space, slots: U64, added: int, tier: Tier | None) -> None:
+        """Raises SpaceFull if replacing these slots by ``added`` bytes in ``tier`` breaks a limit.
+
+        What the slots charge now counts as freed.
+        """
+        quota = space.limits.quota_bytes
+        most = space.limits.tier_max_bytes.get(tier.name) if tier else None
+        if not quota and most is None:
+            return
+        old = space.table.get(slots)
+        tags = entry.tags(old)
+        cost = np.where(
+            (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER), entry.sizes(old) + ROW_BYTES, 0
+        )
+        if quota:
+            room = quota - space.live_bytes + int(cost.sum())
+            if added > room:
+                raise SpaceFull(
+                    f"space {space.name!r}: quota of {quota} bytes has room for {max(room, 0)}, "
+                    f"not for {added}",
+                    space=space.name, need=int(added), room=max(room, 0),
+                )  # fmt: skip
+        if most is not None and tier is not None:
+            room = most - int(space.bytes_by_tag[tier.tag]) + int(cost[tags == tier.tag].sum())
+            if added > room:
+                raise SpaceFull(
+                    f"space {space.name!r} may hold {most} bytes in tier {tier.name}, "
+                    f"which has room for {max(room, 0)}, not for {added}",
+                    space=space.name, need=int(added), room=max(room, 0), tier=tier.name,
+                )  # fmt: skip
+
+    def _commit(self, space: Space, slots: U64, listed: list[int], words: U64, ticket: int) -> None:
+        """Flips what no newer operation has flipped. One turn; raises before anything changed."""
+        if space.deleted:
+            raise UnknownSpace(f"space {space.name!r} was deleted", space=space.name)
+        won = self._tickets.winners(space.number, listed, ticket)
+        if won is not None:
+            slots, words = slots[won], words[won]
+            listed = slots.tolist()
+        tags = entry.tags(words)
+        added = int((entry.sizes(words) + ROW_BYTES)[tags >= entry.FIRST_TIER].sum())
+        if added:
+            tag = int(tags.max())
+            self._check_limits(space, slots, added, self._tiers.by_tag(tag))
+        space.table.reserve(slots)
+        self._ledger.flip(space, slots, words, space.table.get(slots))
+        self._tickets.flip(space.number, listed, ticket)
+
+    # ---------------------------------------------------------------- load
+
+    async def load(self, space: Space, slots: U64) -> U8:
+        """The pages (n, page_bytes) of slots; the stored copies stay. Slots may repeat.
+
+        Raises SlotOutOfRange, SlotNotFound (naming the slots), PageCorrupt, PageLost,
+        TierUnavailable.
+        """
+        self._check(space, slots)
+        words = space.table.get(slots)
+        out = np.empty((len(slots), space.page_bytes), np.uint8)
+        await self._load(space, slots, words, out)
+        self.counters["pages_loaded"] += len(slots)
+        return out
+
+    async def _load(self, space: Space, slots: U64, words: U64, out: U8) -> None:
+        tags = entry.tags(words)
+        if not tags.all():
+            missing = slots[tags == entry.FREE]
+            raise SlotNotFound(
+                f"space {space.name!r}: {len(missing)} of {len(slots)} slots hold no page "
+                f"(first: {int(missing[0])})",
+                space=space.name, slots=missing.tolist(),
+            )  # fmt: skip
+        fill = tags == entry.FILL
+        if fill.any():
+            out.view(np.uint32)[fill] = entry.lows(words[fill])[:, None]
+            if fill.all():
+                return
+        if (tags == entry.POISON).any():
+            raise self._poisoned(space, slots, words, tags)
+        stored = np.flatnonzero(~fill)
+        space.table.warm(slots[stored])
+        pinned = np.unique(entry.handles(words[stored]))
+        self._handles.pins[pinned] += 1
+        try:
+            remote: list[Awaitable[Found]] = []
+            for tag in np.unique(tags[stored]).tolist():
+                index = np.flatnonzero(tags == tag)
+                tier = self._tiers.by_tag(tag)
+                if tier.ram is not None:
+                    found = self._reader.in_ram(tier, space, slots[index], words[index], index)
+                    await self._deliver(space, slots, words, found, out)
+                else:
+                    remote.append(
+                        self._reader.in_backend(tier, space, slots[index], words[index], index)
+                    )
+            for found in await asyncio.gather(*remote):
+                self.counters["remote_pages_loaded"] += len(found.index)
+                await self._deliver(space, slots, words, found, out)
+        finally:
+            self._reaper.unpin_many(pinned)
+
+    async def _deliver(
+        self, space: Space, slots: U64, words: U64, found: Found, out: U8, reads: int = 0
+    ) -> None:
+        """Verifies, decodes and scatters the records of one tier; raises if one is no good.
+
+        A record that fails its check is read again, since a bad transfer is not a bad copy.
+        """
+        for index, error in found.failed:
+            bad = slots[index].tolist()
+            kind = type(error)
+            raise kind(
+                f"space {space.name!r}: {len(bad)} pages in tier {found.tier.name}: {error}",
+                **{**error.fields, "space": space.name, "slots": bad, "tier": found.tier.name},
+            )
+        ok, pages = await self._codecs.decode(found.records, space.page_bytes)
+        if ok.all():
+            out[found.index] = np.frombuffer(b"".join(pages), np.uint8).reshape(-1, out.shape[1])
+            if self.on_hot is not None and found.tier.ram is None:
+                self.on_hot(space, slots, words, found)
+            return
+        for i in np.flatnonzero(ok).tolist():
+            out[found.index[i]] = np.frombuffer(pages[i], np.uint8)
+        bad_index = found.index[~ok]
+        if found.tier.ram is None and reads < _REREADS:
+            again = await self._reader.in_backend(
+                found.tier, space, slots[bad_index], words[bad_index], bad_index
+            )
+            await self._deliver(space, slots, words, again, out, reads + 1)
+            return
+        self.counters["corrupt_pages"] += len(bad_index)
+        raise PageCorrupt(
+            f"space {space.name!r}: {len(bad_index)} pages in tier {found.tier.name} fail "
+            f"their check (first slot: {int(slots[bad_index[0]])})",
+            space=space.name, slots=slots[bad_index].tolist(), tier=found.tier.name,
+        )  # fmt: skip
+
+    def _poisoned(self, space: Space, slots: U64, words: U64, tags: U8) -> VswapError:
+        bad = tags == entry.POISON
+        lost = entry.lows(words[bad]) == entry.POISON_LOST
+        kind, text = (PageLost, "are lost") if lost.all() else (PageCorrupt, "failed their check")
+        return kind(
+            f"space {space.name!r}: {int(bad.sum())} pages {text} "
+            f"(first slot: {int(slots[bad][0])})",
+            space=space.name, slots=slots[bad].tolist(),
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- exclusive load
+
+    async def load_exclusive(self, space: Space, slots: U64) -> tuple[U8, int]:
+        """Loads distinct slots; returns the pages and a token for :meth:`confirm`.
+
+        Nothing is freed before the confirmation, so a lost reply loses nothing. A token that is not
+        confirmed in time expires, and its pages stay stored.
+        """
+        self._check(space, slots)
+        self._expire_tokens()
+        listed = slots.tolist()
+        self._tickets.begin(space.number, listed)
+        seen = self._tickets.newest(space.number, listed)
+        token = self._handles.take_sequences(1)
+        pending = _Exclusive(space, slots.copy(), seen, self._clock() + self._exclusive_timeout_s)
+        try:
+            pages = await self.load(space, slots)
+        except BaseException:
+            self._tickets.end(space.number, listed)
+            raise
+        self._tokens[token] = pending
+        while len(self._tokens) > _MAX_TOKENS:
+            self._drop(self._tokens.popitem(last=False)[1])
+        return pages, token
+
+    async def confirm(self, space: Space, token: int) -> int:
+        """Frees what an exclusive load returned, except slots stored or freed since; how many.
+
+        Repeating a confirmation is safe. Raises StaleIncarnation for a token that expired or that
+        this life of the node never gave out: the pages may still be stored.
+        """
+        if token in self._confirmed:
+            return self._confirmed[token]
+        self._expire_tokens()
+        pending = self._tokens.pop(token, None)
+        if pending is None or pending.space is not space:
+            raise StaleIncarnation(
+                f"token {token} of an exclusive load has expired; the pages are still stored "
+                "unless it was confirmed before",
+                token=token,
+            )
+        listed = pending.slots.tolist()
+        now = self._tickets.newest(space.number, listed)
+        self._drop(pending)
+        same = np.array(now, np.uint64) == np.array(pending.seen, np.uint64)
+        freed = self._free(space, pending.slots[same])
+        self._confirmed[token] = freed
+        while len(self._confirmed) > _MAX_TOKENS:
+            self._confirmed.popitem(last=False)
+        return freed
+
+    def _drop(self, pending: _Exclusive) -> None:
+        self._tickets.end(pending.space.number, pending.slots.tolist())
+
+    def _expire_tokens(self) -> None:
+        now = self._clock()
+        while self._tokens:
+            token, pending = next(iter(self._tokens.items()))
+            if pending.expires_at > now:
+                return
+            del self._tokens[token]
+            self._drop(pending)
+
+    # ---------------------------------------------------------------- free, locate
+
+    async def free(self, space: Space, slots: U64) -> int:
+        """Frees slots; those that hold nothing are ignored. Returns how many held a page."""
+        self._check(space, slots)
+        return self._free(space, np.unique(slots))
+
+    def _free(self, space: Space, slots: U64) -> int:
+        ticket = self._handles.take_sequences(1)
+        old = space.table.get(slots)
+        used = slots[old != 0]
+        self._ledger.flip(space, used, np.zeros(len(used), np.uint64), old[old != 0])
+        self._tickets.flip(space.number, slots.tolist(), ticket)
+        self.counters["pages_freed"] += len(used)
+        return len(used)
+
+    def locate(self, space: Space, slots: U64) -> U8:
+        """The tag of each slot's entry: 0 free, 1 fill, else a tier's tag."""
+        self._check(space, slots)
+        return entry.tags(space.table.get(slots))
+
+    async def clear(self, space: Space) -> int:
+        """Frees every slot of a space that no new request can find any more."""
+        freed = 0
+        for chunk in space.table.chunks().tolist():
+            slots, _ = space.table.scan(chunk)
+            freed += self._free(space, slots)
+            await asyncio.sleep(0)
+        for token, pending in list(self._tokens.items()):
+            if pending.space is space:
+                del self._tokens[token]
+        self._tickets.forget_space(space.number)
+        return freed
+
+    def _check(self, space: Space, slots: U64) -> None:
+        if space.deleted:
+            raise UnknownSpace(f"space {space.name!r} was deleted", space=space.name)
+        if len(slots) and int(slots.max()) >= space.max_slots:
+            bad = slots[slots >= space.max_slots]
+            raise SlotOutOfRange(
+                f"space {space.name!r} has {space.max_slots} slots; slot {int(bad[0])} is outside",
+                space=space.name, slots=bad.tolist(), max_slots=space.max_slots,
+            )  # fmt: skip
+
+
+def _last_wins(slots: U64, pages: U8) -> tuple[U64, U8]:
+    """Distinct slots with the last page given for each."""
+    if len(slots) < 2:
+        return slots, pages
+    distinct, index = np.unique(slots[::-1], return_index=True)
+    if len(distinct) == len(slots):
+        return slots, pages
+    keep: I64 = len(slots) - 1 - index
+    return slots[keep], pages[keep]

@@ -1,0 +1,80 @@
+"""Promotion: pages that are loaded again and again from a slow tier move to the fastest one.
+
+Off the read path: the pager hands over what it has just read and verified; a bounded queue takes it
+or drops it; the flip is the same compare-and-set as in every other move.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import numpy as np
+
+from vswap.node.codecs import Codecs
+from vswap.node.ledger import Ledger
+from vswap.node.log import MOVED
+from vswap.node.reader import Found
+from vswap.node.spaces import Space
+from vswap.node.tier import Tier
+from vswap.node.tiers import Tiers
+from vswap.tiers.record import U64, Records
+from vswap.wire.errors import VswapError
+
+HOT_LOADS = 3
+"""Loads of a page from a slow tier that make it hot."""
+
+_QUEUE_BATCHES = 64
+_MOST_FULL = 0.95
+
+
+class Promoter:
+    """Event loop only. Run :meth:`run` as a task."""
+
+    def __init__(self, ledger: Ledger, tiers: Tiers, codecs: Codecs) -> None:
+        self._ledger = ledger
+        self._tiers = tiers
+        self._codecs = codecs
+        self._queue: asyncio.Queue[tuple[Space, Records, U64]] = asyncio.Queue(_QUEUE_BATCHES)
+        self.counters: Counter[str] = Counter()
+
+    def offer(self, space: Space, slots: U64, words: U64, found: Found) -> None:
+        """Called by the pager after a load from a tier that is not RAM. Cheap; may do nothing."""
+        if self._queue.full():
+            return
+        hot = np.flatnonzero(space.table.heat(slots[found.index]) >= HOT_LOADS)
+        if not len(hot) or self._target(space) is None:
+            return
+        index = found.index[hot]
+        self._queue.put_nowait((space, found.records.take(hot), words[index]))
+
+    def _target(self, space: Space) -> Tier | None:
+        for tier in self._tiers.ranked:
+            if (
+                tier.ram is not None
+                and tier.writable
+                and space.limits.allows(tier.name)
+                and tier.name not in space.limits.tier_max_bytes
+                and tier.fullness < min(tier.spec.high, _MOST_FULL)
+            ):
+                return tier
+        return None
+
+    async def run(self) -> None:
+        """Promotes what was offered, for ever."""
+        while True:
+            space, records, words = await self._queue.get()
+            target = self._target(space)
+            if target is None or space.deleted:
+                continue
+            distinct = np.unique(words, return_index=True)[1]
+            records, words = records.take(distinct), words[distinct]
+            try:
+                ready = await self._codecs.transcode(records, target.codec)
+                placed = self._tiers.ram_log(target).place(ready, MOVED)
+            except VswapError:
+                self.counters["promotions_without_room"] += 1
+                continue
+            moved = self._ledger.flip_where(ready, words, placed.words)
+            self._tiers.ram_log(target).settle(placed)
+            self.counters["promoted_pages"] += int(moved.sum())

@@ -1,0 +1,108 @@
+"""The reaper: deletes segments that nothing points at and nobody reads.
+
+A segment goes SEALED (or OPEN) -> DELETING -> deleted on the backend -> FREE. Deletion is off every
+other path, batched per tier, and repeated until the backend confirms it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from vswap.node.handles import DELETING, OPEN, SEALED, Handles
+from vswap.node.tier import Tier
+from vswap.tiers.record import I64
+from vswap.wire.errors import VswapError
+
+_BATCH = 64
+_RETRY_S = 1.0
+
+logger = structlog.get_logger("vswap.node.reaper")
+
+
+class Reaper:
+    """Event loop only. ``is_head`` tells that a segment is still being appended to."""
+
+    def __init__(self, handles: Handles, tier_of: Callable[[int], Tier]) -> None:
+        self._handles = handles
+        self._tier_of = tier_of
+        self._queue: dict[int, None] = {}
+        self._wake = asyncio.Event()
+        self.is_head: Callable[[int], bool] = lambda handle: False
+
+    @property
+    def pending(self) -> int:
+        """Segments whose deletion has not been confirmed."""
+        return len(self._queue)
+
+    def pending_in(self, tag: int) -> int:
+        return sum(int(self._handles.rows["tag"][handle]) == tag for handle in self._queue)
+
+    def unpin(self, handle: int) -> None:
+        self._handles.pins[handle] -= 1
+        self.consider(handle)
+
+    def unpin_many(self, handles: I64) -> None:
+        """Takes one pin each off distinct handles."""
+        self._handles.pins[handles] -= 1
+        dead = handles[(self._handles.live_records[handles] == 0)]
+        for handle in dead.tolist():
+            self.consider(handle)
+
+    def consider(self, handle: int) -> None:
+        """Deletes the segment if nothing needs it."""
+        handles = self._handles
+        if handles.live_records[handle] or handles.pins[handle] or self.is_head(handle):
+            return
+        if handles.state(handle) not in (OPEN, SEALED):
+            return
+        handles.set_state(handle, DELETING)
+        tier = self._tier_of(handle)
+        if tier.ram is not None:
+            tier.ram.release(tier.segment_name(handle))
+            self._forget(tier, handle)
+        else:
+            self.delete_later(handle)
+
+    def delete_later(self, handle: int) -> None:
+        """Queues a segment in state DELETING."""
+        self._queue[handle] = None
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Deletes what is queued, for ever."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not await self.pass_once():
+                await asyncio.sleep(_RETRY_S)
+                self._wake.set()
+
+    async def pass_once(self) -> bool:
+        """One attempt at everything queued; False if some of it must be tried again."""
+        by_tier: dict[Tier, list[int]] = {}
+        for handle in self._queue:
+            by_tier.setdefault(self._tier_of(handle), []).append(handle)
+        done = await asyncio.gather(*(self._delete(t, hs) for t, hs in by_tier.items()))
+        return all(done)
+
+    async def _delete(self, tier: Tier, handles: list[int]) -> bool:
+        for start in range(0, len(handles), _BATCH):
+            batch = handles[start : start + _BATCH]
+            try:
+                await tier.backend.delete([tier.segment_name(handle) for handle in batch])
+            except VswapError as error:
+                tier.failed(error)
+                logger.warning("delete failed, will repeat", tier=tier.name, error=str(error))
+                return False
+            for handle in batch:
+                del self._queue[handle]
+                self._forget(tier, handle)
+        return True
+
+    def _forget(self, tier: Tier, handle: int) -> None:
+        tier.segments.pop(handle, None)
+        tier.credit(int(self._handles.rows["stored"][handle]))
+        self._handles.recycle(handle)

@@ -1,0 +1,164 @@
+"""Reclaim: keeps the node's own tiers below their watermarks.
+
+Above ``high`` a tier is cleaned in the background until ``low``; a store that finds all its RAM
+tiers full waits for that (direct reclaim). A tier with much garbage is compacted in place; else its
+oldest segments are demoted to the next slower tier with room, hot records getting a second chance.
+The cluster's tiers are balanced by the coordinator instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import structlog
+
+from vswap.node.choose import Choosers
+from vswap.node.evacuator import Evacuator, Moved
+from vswap.node.grants import Grants
+from vswap.node.handles import Handles
+from vswap.node.tier import Tier
+from vswap.node.tiers import Tiers
+from vswap.tiers.victims import cost_benefit
+
+_ROUND_SEGMENTS = 8
+_GARBAGE_SHARE = 0.25
+"""From this share of dead bytes on, a RAM tier is compacted before anything is demoted."""
+_MOST_LIVE = 0.8
+"""A segment fuller than this is not worth compacting."""
+
+logger = structlog.get_logger("vswap.node.reclaim")
+
+
+class Reclaim:
+    """Event loop only. One task per tier at most."""
+
+    def __init__(
+        self,
+        handles: Handles,
+        tiers: Tiers,
+        evacuator: Evacuator,
+        choosers: Choosers,
+        grants: Grants,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._handles = handles
+        self._tiers = tiers
+        self._evacuator = evacuator
+        self._choosers = choosers
+        self._grants = grants
+        self._clock = clock
+        self._tasks: dict[int, asyncio.Task[int]] = {}
+        self._retry_at: dict[int, float] = {}
+        self.counters: Counter[str] = Counter()
+        self.closed = False
+
+    def poke(self) -> None:
+        """Starts background reclaim where a tier is above its high watermark. Cheap."""
+        for tier in self._tiers.ranked:
+            if (
+                tier.local
+                and tier.fullness > tier.spec.high
+                and tier.tag not in self._tasks
+                and self._clock() >= self._retry_at.get(tier.tag, 0.0)
+            ):
+                self._start(tier)
+
+    async def make_room(self, wanted: list[tuple[Tier, int]]) -> bool:
+        """Direct reclaim: waits until one of these full RAM tiers has room for its bytes.
+
+        False = hopeless: the bytes can never fit, or cleaning frees nothing.
+        """
+        fitting = {
+            tier: need for tier, need in wanted
+            if tier.ram and need <= tier.limit_bytes - tier.reserve_bytes - tier.ram.block_bytes
+        }  # fmt: skip
+        if not fitting:
+            return False
+        self.counters["direct_reclaims"] += 1
+        tasks = [self._tasks.get(tier.tag) or self._start(tier) for tier in fitting]
+        while not any(self._has_room(tier, need) for tier, need in fitting.items()):
+            if all(task.done() for task in tasks):
+                return any(not task.cancelled() and task.result() > 0 for task in tasks)
+            for tier in fitting:
+                tier.room_changed.clear()
+            waits = [asyncio.create_task(tier.room_changed.wait()) for tier in fitting]
+            running = [task for task in tasks if not task.done()]
+            try:
+                await asyncio.wait([*running, *waits], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+        return True
+
+    def _has_room(self, tier: Tier, need_bytes: int) -> bool:
+        assert tier.ram is not None
+        blocks = -(-need_bytes // (tier.ram.block_bytes - 65536))
+        return tier.room(evacuating=False) >= blocks * tier.ram.block_bytes
+
+    def _start(self, tier: Tier) -> asyncio.Task[int]:
+        task = asyncio.create_task(self._clean(tier), name=f"reclaim {tier.name}")
+        self._tasks[tier.tag] = task
+        task.add_done_callback(lambda _: self._tasks.pop(tier.tag, None))
+        return task
+
+    async def _clean(self, tier: Tier) -> int:
+        """Cleans a tier down to ``low``; returns the bytes that became free."""
+        before = tier.stored_bytes
+        target = tier.spec.low * tier.limit_bytes
+        most_freed = 0
+        while tier.stored_bytes > target and not self.closed:
+            start = tier.stored_bytes
+            moved = await self._round(tier)
+            freed = start - tier.stored_bytes
+            most_freed = max(most_freed, before - tier.stored_bytes)
+            if moved.error is not None:
+                logger.debug("reclaim hindered", tier=tier.name, error=str(moved.error))
+            if freed <= 0 and moved.pages == 0:
+                self._retry_at[tier.tag] = self._clock() + 0.5
+                break
+        return most_freed
+
+    async def _round(self, tier: Tier) -> Moved:
+        segments = np.array(self._evacuator.movable(tier), np.int64)
+        if not len(segments):
+            return Moved()
+        live = self._handles.live_bytes[segments]
+        stored = self._handles.rows["stored"][segments].astype(np.int64)
+        garbage = 1.0 - live.sum() / max(int(stored.sum()), 1)
+        if garbage > _GARBAGE_SHARE:
+            age = self._clock() - self._handles.rows["born"][segments]
+            order = cost_benefit(live, stored, age)
+            worst = [
+                int(segments[i])
+                for i in order[:_ROUND_SEGMENTS]
+                if live[i] < _MOST_LIVE * stored[i]
+            ]
+            if worst:
+                self.counters["local_compactions"] += 1
+                return await self._evacuator.evacuate(tier, worst, self._choosers.rewrite())
+        slower = self._tiers.slower(tier)
+        for target in slower:
+            self._grants.ahead(target, int(live[:_ROUND_SEGMENTS].sum()))
+        if not any(t.writable and t.room(evacuating=False) > 0 for t in slower):
+            cluster = [t for t in slower if not t.local]
+            for target in cluster:
+                if await self._grants.want(target, target.backend.segment_bytes):
+                    break
+            else:
+                return Moved()
+        self.counters["demotions"] += 1
+        choose = self._choosers.first_fit(
+            lambda: self._tiers.slower(tier), use_reserve=False, second_chance=True
+        )
+        return await self._evacuator.evacuate(tier, segments[:_ROUND_SEGMENTS].tolist(), choose)
+
+    async def close(self) -> None:
+        self.closed = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

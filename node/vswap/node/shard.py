@@ -1,0 +1,424 @@
+"""A shard: tables, segments, tiers and movers of a node, put together.
+
+What is authoritative lies in the state directory (shared memory): ``shard`` (header and segment
+rows), ``space-N.table``, ``spaces.json``, ``tiers.json`` (which tag stands for which tier, and the
+cluster's last configuration), and one arena per RAM tier. All else is derived at start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import structlog
+
+from vswap.node import report
+from vswap.node.choose import Choosers
+from vswap.node.codecs import Codecs
+from vswap.node.directives import Directives
+from vswap.node.evacuator import Evacuator
+from vswap.node.grants import Grants
+from vswap.node.handles import FILE, Handles, boot_id
+from vswap.node.ledger import Ledger
+from vswap.node.log import RamLog, SegmentLog
+from vswap.node.pager import Pager
+from vswap.node.promote import Promoter
+from vswap.node.reader import Reader
+from vswap.node.reaper import Reaper
+from vswap.node.reclaim import Reclaim
+from vswap.node.recover import recover
+from vswap.node.seams import Seams
+from vswap.node.spaces import Spaces, load_json, replace_json
+from vswap.node.sweep import Sweeper
+from vswap.node.tier import Tier, TierState
+from vswap.node.tiers import Tiers
+from vswap.tiers.ram import RamBackend
+from vswap.tiers.spec import TierSpec
+from vswap.wire.errors import AlreadyExists, BackendRefused, Refused, StateInvalid, VswapError
+
+TIERS_FILE = "tiers.json"
+TIERS_VERSION = 1
+_REOPEN_S = 1.0
+_TICK_S = 0.5
+_SWEEP_S = 600.0
+_PRESSURE = (0.80, 0.95)
+
+logger = structlog.get_logger("vswap.node.shard")
+
+
+class Shard:
+    """Use :meth:`open`. Event loop only."""
+
+    def __init__(self, directory: Path, seams: Seams, *, exclusive_timeout_s: float) -> None:
+        self._directory = directory
+        self._seams = seams
+        self._exclusive_timeout_s = exclusive_timeout_s
+        self._region = seams.make_region(directory)
+        self._tags: dict[str, int] = {}
+        """Tier name to tag, as in ``tiers.json``; a tag is freed only when its tier is empty."""
+        self._configured: list[tuple[TierSpec, TierState]] = []
+        self.generation = 0
+        self._background: set[asyncio.Task[None]] = set()
+        self._pressure_level = 0
+        self.events: Counter[str] = Counter()
+
+    # ---------------------------------------------------------------- life
+
+    @classmethod
+    async def open(
+        cls,
+        state_dir: Path,
+        tiers: Iterable[TierSpec],
+        *,
+        fresh: bool = False,
+        exclusive_timeout_s: float = 60.0,
+        seams: Seams | None = None,
+    ) -> Shard:
+        """Opens the shard in ``state_dir`` (which the caller has locked), or starts a new one.
+
+        ``tiers`` are the node's own. ``fresh`` forgets what is there. State of an earlier boot is
+        gone with the host's memory: the shard begins anew. Raises StateInvalid where the state is
+        damaged or of another version.
+        """
+        self = cls(state_dir, seams or Seams(), exclusive_timeout_s=exclusive_timeout_s)
+        await self._open(list(tiers), fresh=fresh)
+        return self
+
+    async def _open(self, specs: list[TierSpec], *, fresh: bool) -> None:
+        new = fresh or not self._region.exists(FILE)
+        if not new:
+            self.handles = Handles(self._region, fresh=None)
+            if self.handles.boot != boot_id():
+                logger.warning("the host was rebooted: its pages are gone, starting anew")
+                self.handles.close()
+                new = True
+        if new:
+            self._erase()
+            self.handles = Handles(self._region, fresh=(uuid4(), boot_id()))
+        self.spaces = Spaces(self._region, fresh=new)
+        self.tiers = Tiers()
+        self.ledger = Ledger(self.handles, self.spaces)
+        self._assemble()
+        if not new:
+            self._load_tiers()
+        self._save_tiers()
+        for spec in specs:
+            self._add_tier(spec, TierState.ACTIVE, local=True)
+        for spec, state in self._configured:
+            self._add_tier(spec, state, local=False)
+        if not new:
+            recover(self.handles, self.ledger, self.spaces, self.tiers, self.reaper)
+        self.handles.begin_life()
+        await asyncio.gather(*(self._open_backend(tier) for tier in self.tiers))
+        for tier in self.tiers:
+            if tier.local and not tier.opened:
+                raise BackendRefused(f"tier {tier.name}: {tier.error}", tier=tier.name)
+        self._spawn(self.reaper.run())
+        self._spawn(self._promoter.run())
+        self._spawn(self._housekeeping())
+
+    def _erase(self) -> None:
+        """Removes the state of another life; its segments on backends are swept as strangers."""
+        for path in self._directory.iterdir():
+            if path.name.endswith((".table", ".heat", ".arena", ".json", ".new")) or (
+                path.name == FILE
+            ):
+                path.unlink()
+
+    def _assemble(self) -> None:
+        seams, handles, ledger, tiers = self._seams, self.handles, self.ledger, self.tiers
+        codecs = Codecs(seams.worker_threads(), seams.threads)
+        reader = Reader(handles, tiers)
+        self.reaper = Reaper(handles, self._tier_of)
+        self.reaper.is_head = lambda handle: tiers.is_head(int(handles.rows["tag"][handle]), handle)
+        ledger.on_dead = self.reaper.consider
+        self.evacuator = Evacuator(handles, ledger, tiers, codecs, reader, self.reaper)
+        choosers = Choosers(self.spaces, self.evacuator)
+        self._grants = Grants(lambda tag: self.evacuator.promised[tag])
+        self.reclaim = Reclaim(
+            handles, tiers, self.evacuator, choosers, self._grants, clock=seams.clock
+        )
+        self._sweeper = Sweeper(handles)
+        self.directives = Directives(
+            handles, ledger, tiers, self.evacuator, choosers, self._grants, self._sweeper,
+            clock=seams.clock, make_pacer=seams.make_pacer,
+        )  # fmt: skip
+        self._promoter = Promoter(ledger, tiers, codecs)
+        self.pager = Pager(
+            handles, ledger, tiers, codecs, reader, self.reaper, clock=seams.clock,
+            make_room=self.reclaim.make_room, want_grant=self._grants.want,
+            exclusive_timeout_s=self._exclusive_timeout_s,
+        )  # fmt: skip
+        self.pager.on_hot = self._promoter.offer
+
+    def _tier_of(self, handle: int) -> Tier:
+        return self.tiers.by_tag(int(self.handles.rows["tag"][handle]))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a background task failed", exc_info=task.exception())
+
+    async def close(self) -> None:
+        """Stops the movers and closes everything. The pages stay, for the next life."""
+        self.reclaim.closed = True
+        await self.directives.close()
+        await self.reclaim.close()
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(tier.backend.close() for tier in self.tiers))
+        self.spaces.close()
+        self.handles.close()
+
+    async def leave(self) -> None:
+        """Leaves for good: frees every page, deletes every segment on every backend."""
+        for space in self.spaces:
+            await self.delete_space(space.name)
+        await self.reaper.pass_once()
+        for tier in self.tiers:
+            await self._sweeper.sweep(tier)
+
+    # ---------------------------------------------------------------- identity
+
+    @property
+    def uuid(self) -> UUID:
+        return self.handles.shard
+
+    @property
+    def cluster(self) -> UUID | None:
+        uuid = self.handles.cluster
+        return uuid if uuid.int else None
+
+    @property
+    def incarnation(self) -> int:
+        return self.handles.incarnation
+
+    async def join(self, cluster: UUID) -> None:
+        """Becomes part of a cluster, for life. Refused for a shard of another cluster."""
+        if self.cluster is None:
+            self.handles.cluster = cluster
+        elif self.cluster != cluster:
+            raise Refused(
+                f"this node belongs to cluster {self.cluster}, not to {cluster}; "
+                "start it with --fresh to leave its pages behind",
+                cluster=str(self.cluster),
+            )
+
+    # ---------------------------------------------------------------- tiers
+
+    async def configure(self, generation: int, tiers: list[tuple[TierSpec, TierState]]) -> None:
+        """Takes the cluster's configuration; returns once it can be acknowledged.
+
+        That is: every write to a tier that takes no more pages has resolved. Stale generations
+        are ignored.
+        """
+        if generation < self.generation:
+            return
+        self.generation = generation
+        wanted = {spec.name: (spec, state) for spec, state in tiers}
+        for tier in [tier for tier in self.tiers if not tier.local]:
+            if tier.name not in wanted and not tier.segments:
+                self.tiers.remove(tier)
+                del self._tags[tier.name]
+                await tier.backend.close()
+        added = []
+        for spec, state in tiers:
+            old = self.tiers.find(spec.name)
+            if old is None:
+                added.append(self._add_tier(spec, state, local=False))
+            elif old.local:
+                raise AlreadyExists(
+                    f"tier {spec.name!r} of the cluster has the name of one of this node's own",
+                    name=spec.name,
+                )
+            else:
+                old.spec, old.state = spec, state
+        self.tiers.sort()
+        self._configured = tiers
+        self._save_tiers()
+        await asyncio.gather(*(self._open_backend(tier) for tier in added))
+        for tier in self.tiers:
+            while tier.state is not TierState.ACTIVE and tier.writing:
+                await asyncio.sleep(0.005)
+
+    def _add_tier(self, spec: TierSpec, state: TierState, *, local: bool) -> Tier:
+        tag = self._tags.get(spec.name)
+        if tag is None:
+            tag = self.tiers.free_tag(set(self._tags.values()))
+            self._tags[spec.name] = tag
+            self._save_tiers()
+        tier = Tier(
+            spec, tag, self._make_backend(spec, tag), self.handles, local=local,
+            clock=self._seams.clock, rng=self._seams.rng,
+        )  # fmt: skip
+        tier.state = state
+        tier.on_pressure = self.reclaim.poke
+        log: RamLog | SegmentLog
+        if tier.ram is not None:
+            log = RamLog(tier, tier.ram, self.handles, self.reaper)
+        else:
+            log = SegmentLog(tier, self.handles, self.reaper)
+        self.tiers.add(tier, log)
+        return tier
+
+    def _make_backend(self, spec: TierSpec, tag: int) -> Any:
+        if spec.scheme != "ram":
+            return self._seams.make_backend(spec)
+        name = f"tier-{tag}.arena"
+        open_ = self._region.open if self._region.exists(name) else self._region.create
+        return RamBackend(open_(name, spec.capacity_bytes), spec.capacity_bytes)
+
+    async def _open_backend(self, tier: Tier) -> None:
+        try:
+            await tier.backend.open()
+        except VswapError as error:
+            tier.failed(error)
+            logger.error("tier cannot be opened", tier=tier.name, error=str(error))
+        else:
+            tier.opened = True
+            tier.succeeded()
+
+    def _save_tiers(self) -> None:
+        """Before a tag is used it is on file: an entry must never outlive its meaning."""
+        state = {
+            "version": TIERS_VERSION,
+            "tags": self._tags,
+            "generation": self.generation,
+            "tiers": [
+                {"spec": spec.model_dump(), "state": int(state)} for spec, state in self._configured
+            ],
+        }
+        replace_json(self._directory / TIERS_FILE, state)
+
+    def _load_tiers(self) -> None:
+        path = self._directory / TIERS_FILE
+        state: dict[str, Any] = load_json(path, TIERS_VERSION)
+        try:
+            self._tags = {str(name): int(tag) for name, tag in state["tags"].items()}
+            self.generation = int(state["generation"])
+            self._configured = [
+                (TierSpec(**item["spec"]), TierState(item["state"])) for item in state["tiers"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateInvalid(f"{path} is damaged: {error}", path=str(path)) from error
+
+    # ---------------------------------------------------------------- grants
+
+    def set_grant(self, tier: str, total_bytes: int) -> None:
+        """The coordinator's word on how many bytes the node may hold in a cluster tier."""
+        found = self.tiers.find(tier)
+        if found is not None and not found.local:
+            self._grants.set(found, total_bytes)
+
+    def grants(self) -> dict[str, int]:
+        return {tier.name: tier.limit_bytes for tier in self.tiers if not tier.local}
+
+    def connect_grants(self, wanted: Callable[[str, int], None] | None) -> None:
+        """Hands in what sends a grant request; None while the coordinator is away."""
+        self._grants.wanted = wanted
+
+    # ---------------------------------------------------------------- spaces
+
+    async def delete_space(self, name: str) -> int:
+        """Frees all pages of a space and forgets it; returns how many there were."""
+        space = self.spaces.get(name)
+        self.spaces.hide(space)
+        freed = await self.pager.clear(space)
+        self.spaces.remove(space)
+        return freed
+
+    # ---------------------------------------------------------------- background
+
+    async def _housekeeping(self) -> None:
+        """Reopens tiers that were unreachable, watches the pressure, sweeps now and then."""
+        clock = self._seams.clock
+        sweep_at = clock() + _SWEEP_S * self._seams.rng.uniform(0.5, 1.0)
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.reclaim.poke()
+            for tier in self.tiers:
+                if not tier.opened and not tier.sick_for_s:
+                    await self._open_backend(tier)
+                if not self.evacuator.promised[tier.tag]:
+                    self._grants.give_back(tier)
+            self._watch_pressure()
+            if clock() >= sweep_at:
+                sweep_at = clock() + _SWEEP_S
+                for tier in self.tiers:
+                    if tier.opened:
+                        await self._sweep(tier)
+
+    async def _sweep(self, tier: Tier) -> None:
+        try:
+            swept = await self._sweeper.sweep(tier)
+        except VswapError as error:
+            logger.warning("sweep failed", tier=tier.name, error=str(error))
+        else:
+            if swept:
+                logger.info("swept segments that nothing knew", tier=tier.name, segments=swept)
+
+    def _watch_pressure(self) -> None:
+        free, total = self.usable()
+        used = 1.0 - free / total if total else 0.0
+        level = sum(used >= bound for bound in _PRESSURE)
+        for passed in range(self._pressure_level, level):
+            name = f"usable_{round(_PRESSURE[passed] * 100)}"
+            self.events[name] += 1
+            for space in self.spaces:
+                space.events[name] += 1
+            logger.warning("backing fills up", used=round(used, 3), free_bytes=free)
+        self._pressure_level = level
+
+    # ---------------------------------------------------------------- telling
+
+    def usage(self) -> list[report.TierUsage]:
+        return [report.tier_usage(tier, self.ledger, self.reaper) for tier in self.tiers]
+
+    def ages(self) -> list[report.AgeBucket]:
+        return report.ages(self.tiers, self.handles, self._seams.clock())
+
+    def usable(self) -> tuple[int, int]:
+        return report.usable(self.tiers, self.ledger)
+
+    @property
+    def pages(self) -> int:
+        return int(self.ledger.pages_by_tag.sum())
+
+    @property
+    def fill_pages(self) -> int:
+        return int(self.ledger.pages_by_tag[1])
+
+    @property
+    def places(self) -> list[str]:
+        """Names by tag, for :meth:`Pager.locate`."""
+        names = [""] * 16
+        names[0], names[1], names[15] = "free", "fill", "poisoned"
+        for tier in self.tiers:
+            names[tier.tag] = tier.name
+        return names
+
+    def counters(self) -> dict[str, int]:
+        parts = (
+            self.pager.counters, self.evacuator.counters, self.reclaim.counters,
+            self._promoter.counters, self.events,
+        )  # fmt: skip
+        total: Counter[str] = Counter()
+        for part in parts:
+            total.update(part)
+        total["swept_segments"] = self._sweeper.swept
+        return dict(total)
+
+    def table_bytes(self) -> int:
+        """Shared memory that the swap tables take."""
+        return sum(space.table.allocated_bytes for space in self.spaces)

@@ -1,0 +1,220 @@
+"""Spaces: clients' virtual swap spaces, their limits and their accounting."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from vswap.node.entry import TAGS
+from vswap.node.table import MAX_SLOTS, SwapTable
+from vswap.tiers.record import I64
+from vswap.tiers.region import Region
+from vswap.wire.errors import AlreadyExists, InvalidRequest, StateInvalid, UnknownSpace
+
+DEFAULT_MAX_SLOTS = 1 << 28
+MIN_PAGE_BYTES = 4096
+MAX_PAGE_BYTES = 65536
+FILE = "spaces.json"
+VERSION = 1
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+class Limits(BaseModel):
+    """What a space may use, in bytes of live records; fill pages charge nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quota_bytes: int = Field(default=0, ge=0)
+    """0 = no quota."""
+    tiers: tuple[str, ...] = ()
+    """Names of the tiers it may use; empty = all."""
+    tier_max_bytes: dict[str, int] = {}
+    """Most bytes per tier; 0 forbids the tier."""
+
+    def allows(self, tier: str) -> bool:
+        return (not self.tiers or tier in self.tiers) and self.tier_max_bytes.get(tier) != 0
+
+
+class Space:
+    """One space: its table, and what it uses. Written by the event loop alone."""
+
+    def __init__(
+        self, region: Region, number: int, name: str, page_bytes: int, max_slots: int,
+        limits: Limits, *, create: bool,
+    ) -> None:  # fmt: skip
+        self.number = number
+        """Names the space in records; never used twice in a shard."""
+        self.name = name
+        self.page_bytes = page_bytes
+        self.page_shift = page_bytes.bit_length() - 1
+        self.max_slots = max_slots
+        self.limits = limits
+        self.table = SwapTable(region, f"space-{number}", max_slots, create=create)
+        self.pages_by_tag: I64 = np.zeros(TAGS, np.int64)
+        """Pages per entry tag; index 1 are fill pages."""
+        self.bytes_by_tag: I64 = np.zeros(TAGS, np.int64)
+        """Bytes of live records per entry tag."""
+        self.peak_bytes = 0
+        self.events: Counter[str] = Counter()
+        self.deleted = False
+
+    @property
+    def pages(self) -> int:
+        return int(self.pages_by_tag[1:].sum())
+
+    @property
+    def live_bytes(self) -> int:
+        return int(self.bytes_by_tag.sum())
+
+
+class Spaces:
+    """The spaces of a shard, by name and number. Kept in ``spaces.json``, replaced atomically."""
+
+    def __init__(self, region: Region, *, fresh: bool) -> None:
+        self._region = region
+        self._path: Path = region.directory / FILE
+        self._by_name: dict[str, Space] = {}
+        self.by_number: dict[int, Space] = {}
+        self._next_number = 1
+        if not fresh:
+            self._load()
+
+    def __iter__(self) -> Iterator[Space]:
+        return iter(list(self._by_name.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def get(self, name: str) -> Space:
+        space = self._by_name.get(name)
+        if space is None:
+            raise UnknownSpace(f"no space named {name!r}", space=name)
+        return space
+
+    def create(
+        self,
+        name: str,
+        page_bytes: int = MIN_PAGE_BYTES,
+        max_slots: int = DEFAULT_MAX_SLOTS,
+        limits: Limits | None = None,
+        *,
+        exist_ok: bool = False,
+    ) -> Space:
+        """A new, empty space; an empty space costs nothing, whatever its maximum.
+
+        ``exist_ok`` returns an existing one of the same page size and maximum. Raises
+        InvalidRequest or AlreadyExists.
+        """
+        if not _NAME.match(name):
+            raise InvalidRequest(f"space name {name!r}: letters, digits, . _ - (at most 64)")
+        if page_bytes & (page_bytes - 1) or not MIN_PAGE_BYTES <= page_bytes <= MAX_PAGE_BYTES:
+            raise InvalidRequest(
+                f"page size {page_bytes}: a power of two from {MIN_PAGE_BYTES} to {MAX_PAGE_BYTES}"
+            )
+        if not 0 < max_slots <= MAX_SLOTS:
+            raise InvalidRequest(f"maximum of {max_slots} slots: 1 to {MAX_SLOTS}")
+        old = self._by_name.get(name)
+        if old is not None:
+            if exist_ok and (old.page_bytes, old.max_slots) == (page_bytes, max_slots):
+                return old
+            raise AlreadyExists(
+                f"space {name!r} exists with pages of {old.page_bytes} bytes and "
+                f"{old.max_slots} slots",
+                name=name,
+            )
+        number, self._next_number = self._next_number, self._next_number + 1
+        space = Space(
+            self._region, number, name, page_bytes, max_slots, limits or Limits(), create=True
+        )
+        self._by_name[name] = self.by_number[number] = space
+        self._save()
+        return space
+
+    def change(self, name: str, limits: Limits, max_slots: int = 0) -> Space:
+        """Replaces the limits; a maximum other than 0 may only grow. What is stored stays."""
+        space = self.get(name)
+        if max_slots and max_slots < space.max_slots:
+            raise InvalidRequest(
+                f"space {name!r} has {space.max_slots} slots; the maximum may only grow"
+            )
+        if max_slots > MAX_SLOTS:
+            raise InvalidRequest(f"maximum of {max_slots} slots: 1 to {MAX_SLOTS}")
+        space.limits = limits
+        if max_slots > space.max_slots:
+            space.table.grow(max_slots)
+            space.max_slots = max_slots
+        self._save()
+        return space
+
+    def remove(self, space: Space) -> None:
+        """Forgets a space whose slots have all been freed, and its table."""
+        del self._by_name[space.name], self.by_number[space.number]
+        self._save()
+        space.table.close(unlink=True)
+
+    def hide(self, space: Space) -> None:
+        """No new requests find the space from here on."""
+        space.deleted = True
+
+    def close(self) -> None:
+        for space in self:
+            space.table.close()
+
+    def _save(self) -> None:
+        state = {
+            "version": VERSION,
+            "next_number": self._next_number,
+            "spaces": [
+                {
+                    "number": space.number,
+                    "name": space.name,
+                    "page_bytes": space.page_bytes,
+                    "max_slots": space.max_slots,
+                    "limits": space.limits.model_dump(),
+                }
+                for space in self
+            ],
+        }
+        replace_json(self._path, state)
+
+    def _load(self) -> None:
+        state = load_json(self._path, VERSION)
+        self._next_number = state["next_number"]
+        for item in state["spaces"]:
+            space = Space(
+                self._region, item["number"], item["name"], item["page_bytes"],
+                item["max_slots"], Limits(**item["limits"]), create=False,
+            )  # fmt: skip
+            self._by_name[space.name] = self.by_number[space.number] = space
+
+
+def replace_json(path: Path, state: object) -> None:
+    """Writes a small state file so that a kill leaves the old one or the new one."""
+    temporary = path.with_suffix(".new")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(state, file, indent=1)
+    temporary.replace(path)
+
+
+def load_json(path: Path, version: int) -> dict[str, Any]:
+    """Raises StateInvalid where the file is missing, damaged or of another version."""
+    try:
+        state = json.loads(path.read_text())
+        found = state["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateInvalid(
+            f"{path} is missing or damaged ({error}); --fresh starts empty", path=str(path)
+        ) from error
+    if found != version:
+        raise StateInvalid(
+            f"{path} has format version {found}, this vswap knows {version}", path=str(path)
+        )
+    return dict(state)

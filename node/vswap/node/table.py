@@ -1,0 +1,146 @@
+"""The swap table of one space: a flat sparse array of entries in shared memory.
+
+The kernel's demand paging is the chunk table: a chunk of 8192 slots is allocated when its first
+slot is used and punched when its last one is freed. Since reading a hole would allocate it, the
+chunk counts are consulted before any index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vswap.tiers.record import I64, U8, U64
+from vswap.tiers.region import Region
+from vswap.wire.errors import OutOfTiers
+
+CHUNK_SLOTS = 8192
+_CHUNK_SHIFT = 13
+_WORD_BYTES = 8
+MAX_SLOTS = 1 << 32
+
+
+class SwapTable:
+    """Entries (8 bytes) and heat (1 byte) per slot. Written by the event loop alone.
+
+    Each entry changes with one aligned store, so that a kill leaves no torn word. ``heat`` is a
+    saturating count of loads that the evacuator halves; it is a hint, and dies with the process.
+    """
+
+    def __init__(self, region: Region, name: str, max_slots: int, *, create: bool) -> None:
+        size = -(-max_slots // CHUNK_SLOTS) * CHUNK_SLOTS
+        self.max_slots = max_slots
+        self._name = name
+        self._words_map = (region.create if create else region.open)(f"{name}.table", size * 8)
+        self._heat_map = region.create(f"{name}.heat", size)
+        self._region = region
+        self._words: U64 = self._words_map.array("<u8")
+        self._heat: U8 = self._heat_map.bytes
+        self._used: NDArray[np.int32] = np.zeros(size // CHUNK_SLOTS, np.int32)
+        """Per chunk: 0 = not allocated, else slots in use + 1. Zeros cost no memory."""
+        if not create:
+            for start, end in self._words_map.extents():
+                self._adopt(start // (CHUNK_SLOTS * 8), -(-end // (CHUNK_SLOTS * 8)))
+
+    def _adopt(self, first: int, last: int) -> None:
+        for chunk in range(first, last):
+            self.reserve(np.array([chunk * CHUNK_SLOTS], np.uint64))
+            words = self._words[chunk * CHUNK_SLOTS : (chunk + 1) * CHUNK_SLOTS]
+            self._used[chunk] = np.count_nonzero(words) + 1
+
+    def grow(self, max_slots: int) -> None:
+        """Raises the maximum. The slots in use stay as they are."""
+        size = -(-max_slots // CHUNK_SLOTS) * CHUNK_SLOTS
+        self._words_map.close()
+        self._heat_map.close()
+        self._words_map = self._region.open(f"{self._name}.table", size * 8)
+        self._heat_map = self._region.open(f"{self._name}.heat", size)
+        self._words, self._heat = self._words_map.array("<u8"), self._heat_map.bytes
+        more = np.zeros(size // CHUNK_SLOTS - len(self._used), np.int32)
+        self._used = np.concatenate((self._used, more))
+        self.max_slots = max_slots
+
+    def get(self, slots: U64) -> U64:
+        """The entries of slots (n,), all below ``max_slots``."""
+        present = self._used[slots >> _CHUNK_SHIFT] > 1
+        if present.all():
+            return self._words[slots]
+        words = np.zeros(len(slots), np.uint64)
+        words[present] = self._words[slots[present]]
+        return words
+
+    def reserve(self, slots: U64) -> None:
+        """Allocates the chunks of these slots. Raises OutOfTiers when shared memory is full."""
+        chunks = slots >> _CHUNK_SHIFT
+        missing = self._used[chunks] == 0
+        if not missing.any():
+            return
+        for chunk in np.unique(chunks[missing]).tolist():
+            try:
+                self._words_map.reserve(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
+                self._heat_map.reserve(chunk * CHUNK_SLOTS, CHUNK_SLOTS)
+            except OutOfTiers:
+                self._words_map.punch(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
+                raise
+            self._used[chunk] = 1
+
+    def set(self, slots: U64, words: U64, old: U64) -> None:
+        """Writes entries; ``old`` is what :meth:`get` says of them now; slots are distinct.
+
+        Chunks of slots that become non-free were reserved before.
+        """
+        delta = (words != 0).astype(np.int32) - (old != 0)
+        present = slots
+        if not words.all():
+            keep = (words != 0) | (old != 0)
+            present, words = slots[keep], words[keep]
+        self._words[present] = words
+        if delta.any():
+            np.add.at(self._used, slots >> _CHUNK_SHIFT, delta)
+            if (delta < 0).any():
+                self._punch_empty(slots[delta < 0])
+
+    def _punch_empty(self, slots: U64) -> None:
+        chunks = slots >> _CHUNK_SHIFT
+        for chunk in np.unique(chunks[self._used[chunks] == 1]).tolist():
+            self._words_map.punch(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
+            self._heat_map.punch(chunk * CHUNK_SLOTS, CHUNK_SLOTS)
+            self._used[chunk] = 0
+
+    # ---------------------------------------------------------------- heat
+
+    def warm(self, slots: U64) -> None:
+        """Counts a load of slots that hold something."""
+        heat = self._heat[slots]
+        self._heat[slots] = heat + (heat < 255)
+
+    def heat(self, slots: U64) -> U8:
+        """Heat of slots in allocated chunks."""
+        return self._heat[slots]
+
+    def cool(self, slots: U64) -> None:
+        """Halves the heat of slots in allocated chunks."""
+        self._heat[slots] >>= 1
+
+    # ---------------------------------------------------------------- scans
+
+    def chunks(self) -> I64:
+        """The allocated chunks, ascending."""
+        return np.flatnonzero(self._used)
+
+    def scan(self, chunk: int) -> tuple[U64, U64]:
+        """Slots in use of an allocated chunk, and their entries (copies)."""
+        start = chunk * CHUNK_SLOTS
+        words = self._words[start : start + CHUNK_SLOTS]
+        used = np.flatnonzero(words).astype(np.uint64)
+        return used + np.uint64(start), words[used]
+
+    @property
+    def allocated_bytes(self) -> int:
+        return int(np.count_nonzero(self._used)) * CHUNK_SLOTS * (_WORD_BYTES + 1)
+
+    def close(self, *, unlink: bool = False) -> None:
+        self._words = np.zeros(0, np.uint64)
+        self._heat = np.zeros(0, np.uint8)
+        self._words_map.close(unlink=unlink)
+        self._heat_map.close(unlink=unlink)

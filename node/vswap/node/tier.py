@@ -1,0 +1,147 @@
+"""A tier as the node runs it: its backend, its segments, how much room it has, how it fares."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import random
+from collections.abc import Callable
+from uuid import UUID
+
+from vswap.node.handles import Handles
+from vswap.tiers.backend import Backend, SegmentName
+from vswap.tiers.codec import Codec
+from vswap.tiers.ram import RamBackend
+from vswap.tiers.segment import TRAILER_BYTES
+from vswap.tiers.spec import TierSpec
+
+_BACKOFF_FIRST_S = 0.2
+_BACKOFF_MOST_S = 10.0
+_RESERVE_SHARE = 0.02
+
+
+class TierState(enum.IntEnum):
+    """Values as in ``common.proto``."""
+
+    ACTIVE = 1
+    DRAINING = 2
+    DRAINED = 3
+
+
+class Tier:
+    """One tier of a shard. Event loop only.
+
+    Invariants: ``stored_bytes`` is the sum of ``stored`` over the handles in ``segments``, plus
+    nothing; ``segments`` holds every handle of the tier that is not FREE, oldest first.
+    """
+
+    def __init__(
+        self,
+        spec: TierSpec,
+        tag: int,
+        backend: Backend,
+        handles: Handles,
+        *,
+        local: bool,
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self.spec = spec
+        self.tag = tag
+        self.backend = backend
+        self.codec = Codec.parse(spec.codec)
+        self.local = local
+        self.state = TierState.ACTIVE
+        self.segments: dict[int, None] = {}
+        self.stored_bytes = 0
+        self.limit_bytes = spec.capacity_bytes if local else 0
+        """What the node may store here: its own capacity, or its grant."""
+        self.writing = 0
+        """Segments being written right now."""
+        self.opened = False
+        self.quarantined = 0
+        self.room_changed = asyncio.Event()
+        """Set whenever room may have appeared; waiters clear it."""
+        self.on_pressure: Callable[[], None] = lambda: None
+        """Called when a charge took the tier above its high watermark."""
+        self._handles = handles
+        self._clock = clock
+        self._rng = rng
+        self._failures = 0
+        self._sick_until = 0.0
+        self.error: str = ""
+
+    def __repr__(self) -> str:
+        return f"<tier {self.name} tag {self.tag}>"
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def ram(self) -> RamBackend | None:
+        """The arena, where the tier is RAM."""
+        return self.backend if isinstance(self.backend, RamBackend) else None
+
+    def segment_name(self, handle: int) -> SegmentName:
+        """Segments of the node's own tiers belong to no cluster."""
+        cluster = UUID(int=0) if self.local else self._handles.cluster
+        return SegmentName(cluster, self._handles.shard, self._handles.serial(handle))
+
+    # ---------------------------------------------------------------- room
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes a segment has for records and their rows."""
+        return self.backend.segment_bytes - (0 if self.ram else TRAILER_BYTES)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Room that only the evacuator may use: 2 %, at least two segments."""
+        return max(int(self.limit_bytes * _RESERVE_SHARE), 2 * self.backend.segment_bytes)
+
+    def room(self, *, evacuating: bool) -> int:
+        """Bytes that may still be stored (RAM: in whole blocks)."""
+        reserve = 0 if evacuating else self.reserve_bytes
+        return max(self.limit_bytes - self.stored_bytes - reserve, 0)
+
+    @property
+    def fullness(self) -> float:
+        """Share of the limit in use."""
+        return self.stored_bytes / self.limit_bytes if self.limit_bytes else 1.0
+
+    def charge(self, stored_bytes: int) -> None:
+        self.stored_bytes += stored_bytes
+        if self.fullness > self.spec.high:
+            self.on_pressure()
+
+    def credit(self, stored_bytes: int) -> None:
+        self.stored_bytes -= stored_bytes
+        self.room_changed.set()
+
+    # ---------------------------------------------------------------- health
+
+    @property
+    def writable(self) -> bool:
+        """Takes new segments: active, opened, and not passed over because of errors."""
+        return self.state is TierState.ACTIVE and self.opened and self._clock() >= self._sick_until
+
+    @property
+    def available(self) -> bool:
+        return self.opened and self._failures == 0
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        self._sick_until = 0.0
+        self.error = ""
+
+    def failed(self, error: BaseException) -> None:
+        """Passes the tier over for a while: exponential, with jitter."""
+        self._failures += 1
+        backoff = min(_BACKOFF_FIRST_S * 2 ** min(self._failures - 1, 10), _BACKOFF_MOST_S)
+        self._sick_until = self._clock() + backoff * self._rng.uniform(0.5, 1.0)
+        self.error = str(error)
+
+    @property
+    def sick_for_s(self) -> float:
+        return max(self._sick_until - self._clock(), 0.0)

@@ -1,0 +1,124 @@
+"""Shared memory: sparse files on a tmpfs, mapped whole, allocated before they are touched.
+
+Touching a hole of a full tmpfs is SIGBUS, so :meth:`Mapping.reserve` allocates first and turns a
+full file system into an error. *Reading* a hole allocates a page too: scan with
+:meth:`Mapping.extents`.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vswap.wire.errors import OutOfTiers, StateInvalid
+
+
+class Mapping:
+    """One sparse file, mapped shared and whole. Not thread-safe."""
+
+    def __init__(self, path: Path, size: int, *, create: bool) -> None:
+        """Maps ``size`` bytes of ``path``; ``create`` replaces what is there.
+
+        An existing file that is shorter grows (a table whose maximum was raised); one that is
+        longer is refused with StateInvalid.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
+        self.path = path
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            self._fd = os.open(path, flags, 0o600)
+        except FileNotFoundError as error:
+            raise StateInvalid(f"{path} is missing", path=str(path)) from error
+        try:
+            if os.fstat(self._fd).st_size > self.size:
+                raise StateInvalid(f"{path} is longer than {self.size} bytes", path=str(path))
+            os.ftruncate(self._fd, self.size)
+            self._mmap = mmap.mmap(self._fd, self.size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._mmap, np.uint8)
+
+    def array(self, dtype: Any, offset: int = 0, count: int = -1) -> NDArray[Any]:
+        """A view; holding one does not allocate memory."""
+        return np.frombuffer(self._mmap, dtype, count, offset)
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Allocates a range. Raises OutOfTiers when shared memory is full; nothing changed then."""
+        try:
+            os.posix_fallocate(self._fd, offset, length)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+                raise
+            self.punch(offset, length)
+            raise OutOfTiers(
+                f"shared memory at {self.path.parent} is full (needed {length} bytes more)",
+                need=length,
+            ) from error
+
+    def punch(self, offset: int, length: int) -> None:
+        """Gives a page-aligned range back; it reads as zeros afterwards."""
+        self._mmap.madvise(mmap.MADV_REMOVE, offset, length)
+
+    def advise_huge(self) -> None:
+        """Asks for huge pages, where the kernel has them."""
+        try:
+            self._mmap.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """The allocated ranges, as (start, end) in bytes."""
+        position = 0
+        while position < self.size:
+            try:
+                start = os.lseek(self._fd, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            position = os.lseek(self._fd, start, os.SEEK_HOLE)
+            yield start, position
+
+    @property
+    def allocated_bytes(self) -> int:
+        return os.fstat(self._fd).st_blocks * 512
+
+    def close(self, *, unlink: bool = False) -> None:
+        """Unmaps when the last view is gone. Idempotent."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        self.bytes = np.empty(0, np.uint8)
+        if unlink:
+            self.path.unlink(missing_ok=True)
+
+
+class Region:
+    """A directory of mappings: the seam behind which a node's shared memory lies."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def create(self, name: str, size: int) -> Mapping:
+        return Mapping(self.directory / name, size, create=True)
+
+    def open(self, name: str, size: int) -> Mapping:
+        """Raises StateInvalid where it is missing."""
+        return Mapping(self.directory / name, size, create=False)
+
+    def exists(self, name: str) -> bool:
+        return (self.directory / name).exists()
+
+    def free_bytes(self) -> int:
+        stat = os.statvfs(self.directory)
+        return stat.f_bavail * stat.f_frsize
