@@ -6,6 +6,7 @@ import time
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from vswap.cli import exits, options, output, units, watch
 from vswap.client import Operator
@@ -143,7 +144,7 @@ def cancel(
         _show(cluster.cancel_job(job_id), as_json)
 
 
-def job_table(jobs: list[Job]) -> output.Table:
+def job_table(jobs: list[Job]) -> Table:
     """One line per job."""
     rows = [
         (

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vswap.cli import exits, jobs, nodes, run, spaces, status, tiers
+from vswap.cli import exits, jobs, load, nodes, run, spaces, status, tiers
 from vswap.wire.errors import VswapError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("drain")(jobs.drain)
 app.command("activate")(tiers.activate)
 app.command("migrate")(jobs.migrate)
 app.command("compact")(jobs.compact)
+app.command("loadgen")(load.loadgen)
 
 
 def _version(wanted: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from vswap.cli import options, output, units
 from vswap.v1 import common_pb2
@@ -82,7 +83,7 @@ def forget(
     )
 
 
-def tier_table(tiers: list[common_pb2.TierUsage]) -> output.Table:
+def tier_table(tiers: list[common_pb2.TierUsage]) -> Table:
     """What lies in each tier of one node."""
     rows = [
         (

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +68,7 @@ def enum_name(message: Message, field: str) -> str:
     return _enum(message.DESCRIPTOR.fields_by_name[field], getattr(message, field))
 
 
-def _value(message: Message, field: FieldDescriptor) -> Any:
+def _value(message: Message, field: Any) -> Any:
     value = getattr(message, field.name)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return dict(sorted(value.items()))
@@ -78,13 +77,13 @@ def _value(message: Message, field: FieldDescriptor) -> Any:
     return _single(field, value)
 
 
-def _single(field: FieldDescriptor, value: Any) -> Any:
+def _single(field: Any, value: Any) -> Any:
     if field.message_type is not None:
         return plain(value)
     return _enum(field, value) if field.enum_type is not None else value
 
 
-def _enum(field: FieldDescriptor, number: int) -> str:
+def _enum(field: Any, number: int) -> str:
     kind = field.enum_type
     known = kind.values_by_number.get(number)
     if known is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.table import Table
+
 from vswap.cli import jobs, nodes, options, output, units
 from vswap.v1 import common_pb2, coordinator_pb2
 
@@ -58,7 +60,7 @@ def _absent(node: coordinator_pb2.NodeInfo) -> str:
     return f"{node.state} for {units.duration(node.last_seen_s_ago)}"
 
 
-def _tiers(state: coordinator_pb2.ClusterStatus) -> output.Table:
+def _tiers(state: coordinator_pb2.ClusterStatus) -> Table:
     cluster = {info.tier.spec.name: info for info in state.tiers}
     usage: dict[str, common_pb2.TierUsage] = {}
     for node in state.nodes:

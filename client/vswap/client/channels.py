@@ -35,7 +35,5 @@ def check_address(address: str) -> str:
 
 def node_stubs(channel: Any) -> dict[str, Any]:
     """The stubs of a node's services by name, over a sync or an asyncio channel."""
-    return {
-        "Pages": node_pb2_grpc.PagesStub(channel),
-        "NodeAdmin": node_pb2_grpc.NodeAdminStub(channel),
-    }
+    generated: Any = node_pb2_grpc
+    return {name: getattr(generated, f"{name}Stub")(channel) for name in ("Pages", "NodeAdmin")}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from typing import Any
 
 import grpc
 
@@ -91,5 +92,6 @@ class Lanes:
 
 def _by_node(failure: grpc.RpcError) -> bool:
     """Whether the node itself sent this error, rather than gRPC on this side."""
-    metadata = failure.trailing_metadata() if hasattr(failure, "trailing_metadata") else None
-    return any(key == METADATA_KEY for key, _ in metadata or ())
+    call: Any = failure
+    metadata = call.trailing_metadata() if hasattr(call, "trailing_metadata") else None
+    return any(item[0] == METADATA_KEY for item in metadata or ())

@@ -25,7 +25,8 @@ class Operator:
         self.address = channels.check_address(address)
         self._deadline_s = deadline_s
         self._channel = grpc.insecure_channel(self.address, options=channels.OPTIONS)
-        self._stub: Any = coordinator_pb2_grpc.OperatorStub(self._channel)
+        generated: Any = coordinator_pb2_grpc
+        self._stub = generated.OperatorStub(self._channel)
 
     def __enter__(self) -> Operator:
         return self
