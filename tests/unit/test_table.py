@@ -1,0 +1,91 @@
+"""The swap table: sparse, punched when empty, and right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vswap.node.table import CHUNK_SLOTS, MAX_SLOTS, SwapTable
+from vswap.tiers.region import Region
+from vswap.wire.errors import StateInvalid
+
+
+def slots(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.uint64)
+
+
+def put(table: SwapTable, where: np.ndarray, words: np.ndarray) -> None:
+    table.reserve(where)
+    table.set(where, words, table.get(where))
+
+
+@given(
+    st.lists(
+        st.tuples(st.sets(st.integers(0, 5 * CHUNK_SLOTS - 1), max_size=30), st.booleans()),
+        max_size=20,
+    )
+)
+@settings(deadline=None, max_examples=60)
+def test_behaves_like_a_dict(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[set[int], bool]]
+) -> None:
+    table = SwapTable(Region(tmp_path_factory.mktemp("t")), "t", 5 * CHUNK_SLOTS, create=True)
+    model: dict[int, int] = {}
+    for turn, (chosen, free) in enumerate(steps):
+        where = slots(*sorted(chosen))
+        words = np.zeros(len(where), np.uint64) if free else where + np.uint64(turn + 1)
+        put(table, where, words)
+        for slot, word in zip(where.tolist(), words.tolist(), strict=True):
+            model[slot] = word
+        every = np.arange(5 * CHUNK_SLOTS, dtype=np.uint64)
+        expected = np.zeros(len(every), np.uint64)
+        for slot, word in model.items():
+            expected[slot] = word
+        assert (table.get(every) == expected).all()
+        used = {slot // CHUNK_SLOTS for slot, word in model.items() if word}
+        assert used <= set(table.chunks().tolist())
+    table.close()
+
+
+def test_an_empty_table_of_the_largest_size_costs_nothing_even_when_read(tmp_path: Path) -> None:
+    table = SwapTable(Region(tmp_path), "t", MAX_SLOTS, create=True)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        assert not table.get(rng.integers(0, MAX_SLOTS, 4096).astype(np.uint64)).any()
+    blocks = sum(path.stat().st_blocks for path in tmp_path.iterdir())
+    assert blocks == 0
+    table.close()
+
+
+def test_freed_chunks_are_given_back(tmp_path: Path) -> None:
+    table = SwapTable(Region(tmp_path), "t", 1 << 28, create=True)
+    where = np.arange(10 * CHUNK_SLOTS, dtype=np.uint64)
+    put(table, where, where + np.uint64(1))
+    assert table.allocated_bytes == 10 * CHUNK_SLOTS * 9
+    put(table, where, np.zeros(len(where), np.uint64))
+    assert table.allocated_bytes == 0
+    assert sum(path.stat().st_blocks for path in tmp_path.iterdir()) == 0
+    table.close()
+
+
+def test_reopens_with_its_entries_and_grows(tmp_path: Path) -> None:
+    region = Region(tmp_path)
+    table = SwapTable(region, "t", 100_000, create=True)
+    put(table, slots(3, 99_999), slots(7, 8))
+    table.grow(1 << 30)
+    put(table, slots(1 << 29), slots(9))
+    table.close()
+    again = SwapTable(region, "t", 1 << 30, create=False)
+    assert again.get(slots(3, 4, 99_999, 1 << 29)).tolist() == [7, 0, 8, 9]
+    again.close()
+
+
+def test_a_table_longer_than_said_is_refused(tmp_path: Path) -> None:
+    region = Region(tmp_path)
+    SwapTable(region, "t", 1 << 20, create=True).close()
+    with pytest.raises(StateInvalid, match="longer"):
+        SwapTable(region, "t", 100, create=False)
