@@ -1,7 +1,7 @@
 """A load run: clients over one or more nodes, driven in phases by whoever owns it.
 
 The owner connects, then calls `populate`, `run`, `read_back` and the like in any order. Each phase
-has a meter of its own; `LoadRun.total` is all of them together and changes while a phase runs.
+has a meter of its own, which `LoadRun.now` is while it runs; `LoadRun.total` is all that ended.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class LoadRun:
         self._report_line = report
         self._reported = 0
         self._connections: list[AsyncClient] = []
-        self._meters: list[Meter] = []
+        self._now = Meter()
 
     async def __aenter__(self) -> LoadRun:
         try:
@@ -153,12 +153,8 @@ class LoadRun:
 
     @property
     def now(self) -> Meter:
-        """All phases so far, the one under way included."""
-        total = Meter()
-        for meter in (self.total, *self._meters):
-            for name in Meter.COUNTERS:
-                setattr(total, name, getattr(total, name) + getattr(meter, name))
-        return total
+        """The phase under way; an empty meter between phases."""
+        return self._now
 
     def held_pages(self) -> int:
         """Slots that certainly hold a page right now."""
@@ -174,7 +170,7 @@ class LoadRun:
         self, work: Callable[[Stripe, Meter], Work], meter: Meter | None = None
     ) -> Meter:
         meter = Meter() if meter is None else meter
-        self._meters.append(meter)
+        self._now = meter
         try:
             async with asyncio.TaskGroup() as tasks:
                 for stripe in self.stripes:
@@ -182,7 +178,7 @@ class LoadRun:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
-            self._meters.remove(meter)
+            self._now = Meter()
             self.total.add(meter)
         return meter
 
@@ -198,9 +194,9 @@ class LoadRun:
     def _paces(self, begin_s: float) -> list[Pace | None]:
         if not self.spec.rate_pages_s:
             return [None for _ in self.stripes]
-        every_s = self.spec.batch * self.spec.clients / self.spec.rate_pages_s
-        shift_s = every_s / self.spec.clients
-        return [Pace(begin_s + index * shift_s, every_s) for index, _ in enumerate(self.stripes)]
+        page_s = self.spec.clients / self.spec.rate_pages_s
+        shift_s = self.spec.batch / self.spec.rate_pages_s
+        return [Pace(begin_s + at * shift_s, page_s) for at, _ in enumerate(self.stripes)]
 
     async def _stripe(self, index: int) -> Stripe:
         spec, nodes = self.spec, len(self._addresses)

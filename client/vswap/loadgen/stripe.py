@@ -24,14 +24,14 @@ _KEPT_FAILURES = 16
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Open loop: an operation is due every ``every_s`` seconds from ``start_s`` on (monotonic).
+    """Open loop: from ``start_s`` on (monotonic) a page is due every ``page_s`` seconds.
 
-    An operation that starts late, because the one before it took long, is measured from when it was
+    Operations are batches, so each is due when the pages before it are. An operation that starts late, because the one before it took long, is measured from when it was
     due: what a waiting user would see.
     """
 
     start_s: float
-    every_s: float
+    page_s: float
 
 
 class Stripe:
@@ -71,9 +71,9 @@ class Stripe:
                     await asyncio.sleep(min(wait_s, 0.1))
                 if not more():
                     return
-            await self._one(meter, due_s)
+            pages = await self._one(meter, due_s)
             if pace is not None and due_s is not None:
-                due_s += pace.every_s
+                due_s += pages * pace.page_s
 
     async def free(self, slots: Slots, meter: Meter) -> None:
         """Free those of the slots that hold a page."""
@@ -97,16 +97,19 @@ class Stripe:
 
     # -------------------------------------------------------------- single operations
 
-    async def _one(self, meter: Meter, due_s: float | None) -> None:
+    async def _one(self, meter: Meter, due_s: float | None) -> int:
+        """One operation; returns how many pages it was about."""
         slots = next(self._batches)
         wanted = self._mix.choose(self._rng)
         held = self.ledger.held(slots)
         if wanted == "write" or not len(held):
             await self._write(slots, meter, due_s)
-        elif wanted == "read":
+            return len(slots)
+        if wanted == "read":
             await self._read(held, meter, due_s)
         else:
             await self._free(held, meter)
+        return len(held)
 
     async def _write(self, slots: Slots, meter: Meter, due_s: float | None) -> None:
         pages = self.ledger.storing(slots)
