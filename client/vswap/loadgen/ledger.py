@@ -101,7 +101,10 @@ class Ledger:
     # -------------------------------------------------------------- the check
 
     def check(self, slots: Slots, pages: NDArray[np.uint8]) -> list[Wrong]:
-        """Compare loaded pages (n, page_bytes) of slots (n,); what is wrong, usually nothing."""
+        """What is wrong with loaded pages (n, page_bytes) of slots (n,); usually nothing.
+
+        The slots must be held or doubtful.
+        """
         at = self._at(slots)
         expected = self.content.pages(slots, self._latest[at])
         # Whole words and one pass: this check is most of what a reading client does.

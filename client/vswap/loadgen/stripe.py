@@ -26,8 +26,9 @@ _KEPT_FAILURES = 16
 class Pace:
     """Open loop: from ``start_s`` on (monotonic) a page is due every ``page_s`` seconds.
 
-    Operations are batches, so each is due when the pages before it are. An operation that starts late, because the one before it took long, is measured from when it was
-    due: what a waiting user would see.
+    Operations are batches, so each is due when the pages before it are. An operation that starts
+    late, because the one before it took long, is measured from when it was due: what a waiting user
+    would see.
     """
 
     start_s: float
