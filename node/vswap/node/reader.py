@@ -20,9 +20,6 @@ from vswap.tiers.record import I64, U64, Records, loc_offset, read_records, salt
 from vswap.tiers.segment import shard_key
 from vswap.wire.errors import PageLost, TierUnavailable, VswapError
 
-_GAP_BYTES = 4096
-"""Two records this near to each other are fetched in one range: cheaper than a second one."""
-
 
 @dataclass(slots=True)
 class Found:
@@ -69,7 +66,7 @@ class Reader:
         size = entry.sizes(words)
         end = offset + size
         new = np.ones(len(words), np.bool_)
-        new[1:] = (handles[1:] != handles[:-1]) | (offset[1:] > end[:-1] + _GAP_BYTES)
+        new[1:] = (handles[1:] != handles[:-1]) | (offset[1:] > end[:-1] + tier.backend.gap_bytes)
         first = np.flatnonzero(new)
         last = np.append(first[1:], len(words)) - 1
         names = {h: tier.segment_name(h) for h in np.unique(handles).tolist()}

@@ -70,5 +70,5 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> errors.VswapError:
 
 
 def _trailing(error: grpc.RpcError) -> Iterable[tuple[str, Any]]:
-    metadata = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    metadata: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     return [] if metadata is None else list(metadata)

@@ -97,6 +97,9 @@ class Backend(abc.ABC):
     Redis: 256 KiB less 64, since an exact power of two costs 25 % more memory there. Objects 4 MiB.
     """
 
+    gap_bytes: int = 4096
+    """Two ranges of a segment this near to each other are better read as one."""
+
     @abc.abstractmethod
     async def open(self) -> None:
         """Connect and check that the server is fit. Raises TierUnavailable or BackendRefused."""

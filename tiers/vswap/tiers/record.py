@@ -61,9 +61,9 @@ def mix(x: U64) -> U64:
 
 def identity(space: U32, slot: U32, meta: U64) -> U64:
     """What ties a checksum to a slot of a space and to one store of it."""
-    key = (space.astype(np.uint64) << _S32) | slot
-    key = mix(mix(key + _K1) ^ meta)
-    return key
+    key: U64 = (space.astype(np.uint64) << _S32) | slot
+    scrambled: U64 = mix(mix(key + _K1) ^ meta)
+    return scrambled
 
 
 def salt(shard_key: int, serial: int) -> np.uint64:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -70,7 +71,7 @@ class TierSpec(BaseModel):
 
         Raises BadConfig where the variable or file is missing.
         """
-        password = self._password()
+        password = self.password()
         if password is None:
             return self.url
         parts = urlsplit(self.url)
@@ -78,7 +79,8 @@ class TierSpec(BaseModel):
         host = parts.netloc.rpartition("@")[2]
         return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}"))
 
-    def _password(self) -> str | None:
+    def password(self) -> str | None:
+        """The secret from ``password_env`` or ``password_file``; None where neither is set."""
         if self.password_env:
             value = os.environ.get(self.password_env)
             if value is None:
@@ -115,16 +117,7 @@ class TierSpec(BaseModel):
 
 def redacted(url: str) -> str:
     """The URL without its password and without secrets in its query."""
-    parts = urlsplit(url)
-    user, _, host = parts.netloc.rpartition("@")
-    if ":" in user:
-        user = user.partition(":")[0] + ":***"
-    netloc = f"{user}@{host}" if user else host
-    query = "&".join(
-        f"{key}=***"
-        if any(word in key.lower() for word in ("secret", "password", "token"))
-        else item
-        for item in parts.query.split("&")
-        for key in [item.partition("=")[0]]
+    url = re.sub(r"(://[^/?#@]*:)[^/?#@]*@", r"\1***@", url)
+    return re.sub(
+        r"([?&][^=&]*(?:secret|password|token|key)[^=&]*=)[^&]*", r"\1***", url, flags=re.I
     )
-    return urlunsplit(parts._replace(netloc=netloc, query=query))

@@ -1,0 +1,237 @@
+"""The pager on a real shard: batches, limits, exclusive loads, all tiers full."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards import objects, open_shard, page, pages, ram, slots
+
+from vswap.node.spaces import Limits
+from vswap.wire.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    OutOfTiers,
+    SlotNotFound,
+    SlotOutOfRange,
+    SpaceFull,
+    StaleIncarnation,
+    UnknownSpace,
+)
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 8192, 16384, 32768, 65536])
+@pytest.mark.parametrize("codec", ["none", "zstd:1", "lz4"])
+async def test_what_is_stored_is_loaded(tmp_path: Path, page_bytes: int, codec: str) -> None:
+    async with open_shard(tmp_path, ram(codec=codec, mib=32)) as shard:
+        space = shard.spaces.create("s", page_bytes)
+        where = slots(*range(0, 300, 3))
+        content = pages(where, 1, page_bytes)
+        content[5] = 0
+        content[6] = np.tile(np.frombuffer(b"\1\2\3\4", np.uint8), page_bytes // 4)
+        content[7] = np.random.default_rng(0).integers(0, 256, page_bytes)
+        await shard.pager.store(space, where, content)
+        assert (await shard.pager.load(space, where) == content).all()
+        back = where[::-1]
+        assert (await shard.pager.load(space, back) == content[::-1]).all()
+        assert shard.fill_pages == 2
+        assert await shard.pager.free(space, where) == len(where)
+        assert shard.pages == 0
+
+
+async def test_a_batch_spans_all_backends(tmp_path: Path) -> None:
+    tiers = [ram(mib=2), ram("zram", mib=2, codec="zstd:1", rank=1), objects(tmp_path / "o")]
+    async with open_shard(tmp_path / "s", *tiers) as shard:
+        space = shard.spaces.create("s")
+        where = np.arange(4000, dtype=np.uint64)
+        for start in range(0, 4000, 200):
+            part = where[start : start + 200]
+            await shard.pager.store(space, part, pages(part, 1))
+        await shard.pager.store(space, slots(7), np.zeros((1, 4096), np.uint8))
+        places = {shard.places[tag] for tag in shard.pager.locate(space, where).tolist()}
+        assert places == {"fill", "ram", "zram", "objects"}
+        expected = pages(where, 1)
+        expected[7] = 0
+        mixed = np.random.default_rng(1).permutation(where)
+        assert (await shard.pager.load(space, mixed) == expected[mixed]).all()
+
+
+async def test_errors_name_the_slots_and_change_nothing(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram()) as shard:
+        space = shard.spaces.create("s", max_slots=100)
+        await shard.pager.store(space, slots(1), pages(slots(1), 1))
+        with pytest.raises(SlotOutOfRange) as outside:
+            await shard.pager.store(space, slots(1, 100), pages(slots(1, 100), 2))
+        assert outside.value.fields["slots"] == [100]
+        with pytest.raises(SlotNotFound) as missing:
+            await shard.pager.load(space, slots(1, 2, 3))
+        assert missing.value.fields["slots"] == [2, 3]
+        assert (await shard.pager.load(space, slots(1)) == pages(slots(1), 1)).all()
+        assert await shard.pager.free(space, slots(2, 3)) == 0
+
+
+async def test_the_last_of_duplicates_wins(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram()) as shard:
+        space = shard.spaces.create("s")
+        where = slots(4, 9, 4, 4)
+        content = np.stack([page(4, 1), page(9, 1), page(4, 2), page(4, 3)])
+        await shard.pager.store(space, where, content)
+        assert (await shard.pager.load(space, slots(4, 9)) == content[[3, 1]]).all()
+        assert shard.pages == 2
+
+
+async def test_a_quota_holds_and_an_overwrite_needs_only_the_difference(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram(mib=16)) as shard:
+        cost = 4096 + 16 + 12
+        space = shard.spaces.create("s", limits=Limits(quota_bytes=100 * cost))
+        where = np.arange(100, dtype=np.uint64)
+        await shard.pager.store(space, where, pages(where, 1))
+        with pytest.raises(SpaceFull) as full:
+            await shard.pager.store(space, slots(5, 100), pages(slots(5, 100), 2))
+        assert full.value.fields["room"] < full.value.fields["need"]
+        assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+        assert space.events["quota"] == 1
+        await shard.pager.store(space, where, pages(where, 3))
+        await shard.pager.store(space, slots(200), np.zeros((1, 4096), np.uint8))
+        assert (await shard.pager.load(space, where) == pages(where, 3)).all()
+        shard.spaces.change("s", Limits())
+        await shard.pager.store(space, slots(100), pages(slots(100), 2))
+
+
+async def test_tier_limits_and_masks_hold(tmp_path: Path) -> None:
+    tiers = [ram(mib=8), ram("zram", mib=8, codec="zstd:1", rank=1), objects(tmp_path / "o")]
+    async with open_shard(tmp_path / "s", *tiers) as shard:
+        masked = shard.spaces.create("masked", limits=Limits(tiers=("objects",)))
+        forbidden = shard.spaces.create("forbidden", limits=Limits(tier_max_bytes={"ram": 0}))
+        where = np.arange(300, dtype=np.uint64)
+        for space in (masked, forbidden):
+            await shard.pager.store(space, where, pages(where, 1))
+            assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+        names = shard.places
+        assert {names[t] for t in shard.pager.locate(masked, where).tolist()} == {"objects"}
+        assert {names[t] for t in shard.pager.locate(forbidden, where).tolist()} == {"zram"}
+
+
+async def test_all_tiers_full_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram(mib=2)) as shard:
+        space = shard.spaces.create("s")
+        stored = 0
+        with pytest.raises(OutOfTiers) as full:
+            while True:
+                where = np.arange(stored, stored + 50, dtype=np.uint64)
+                await shard.pager.store(space, where, pages(where, 1))
+                stored += 50
+        assert full.value.fields["tiers"] == ["ram"]
+        assert stored >= 300
+        assert shard.pages == stored
+        every = np.arange(stored, dtype=np.uint64)
+        assert (await shard.pager.load(space, every) == pages(every, 1)).all()
+        # Overwriting and freeing go on; what was freed is room again.
+        await shard.pager.free(space, every[:200])
+        again = np.arange(1000, 1150, dtype=np.uint64)
+        await shard.pager.store(space, again, pages(again, 2))
+        assert (await shard.pager.load(space, again) == pages(again, 2)).all()
+
+
+async def test_a_batch_larger_than_any_tier_is_split_over_tiers(tmp_path: Path) -> None:
+    tiers = [ram(mib=2), ram("second", mib=3, rank=1)]
+    async with open_shard(tmp_path, *tiers) as shard:
+        space = shard.spaces.create("s")
+        where = np.arange(700, dtype=np.uint64)
+        await shard.pager.store(space, where, pages(where, 1))
+        assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+
+
+async def test_exclusive_load_frees_only_on_confirmation(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram()) as shard:
+        space = shard.spaces.create("s")
+        where = slots(1, 2, 3, 4)
+        await shard.pager.store(space, where, pages(where, 1))
+        got, token = await shard.pager.load_exclusive(space, where)
+        assert (got == pages(where, 1)).all()
+        assert shard.pages == 4
+        await shard.pager.store(space, slots(2), pages(slots(2), 2))
+        await shard.pager.free(space, slots(3))
+        await shard.pager.store(space, slots(3), pages(slots(3), 5))
+        assert await shard.pager.confirm(space, token) == 2
+        assert await shard.pager.confirm(space, token) == 2
+        assert (await shard.pager.load(space, slots(2, 3)) == [page(2, 2), page(3, 5)]).all()
+        with pytest.raises(SlotNotFound):
+            await shard.pager.load(space, slots(1))
+        with pytest.raises(StaleIncarnation):
+            await shard.pager.confirm(space, token + 1)
+
+
+async def test_an_unconfirmed_exclusive_load_expires_and_keeps_its_pages(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram(), exclusive_timeout_s=0.0) as shard:
+        space = shard.spaces.create("s")
+        await shard.pager.store(space, slots(1), pages(slots(1), 1))
+        _, token = await shard.pager.load_exclusive(space, slots(1))
+        await asyncio.sleep(0.01)
+        with pytest.raises(StaleIncarnation):
+            await shard.pager.confirm(space, token)
+        assert (await shard.pager.load(space, slots(1)) == page(1, 1)).all()
+
+
+async def test_spaces_are_created_changed_and_deleted(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram()) as shard:
+        space = shard.spaces.create("s", max_slots=10)
+        assert shard.spaces.create("s", max_slots=10, exist_ok=True) is space
+        with pytest.raises(AlreadyExists):
+            shard.spaces.create("s", max_slots=10)
+        with pytest.raises(AlreadyExists):
+            shard.spaces.create("s", max_slots=11, exist_ok=True)
+        for name, page_bytes, most in (("", 4096, 1), ("x", 4095, 1), ("x", 2048, 1),
+                                       ("x", 131072, 1), ("x", 4096, 0), ("x", 4096, 1 << 33),
+                                       ("../x", 4096, 1)):  # fmt: skip
+            with pytest.raises(InvalidRequest):
+                shard.spaces.create(name, page_bytes, most)
+        await shard.pager.store(space, slots(3), pages(slots(3), 1))
+        shard.spaces.change("s", Limits(), max_slots=1 << 30)
+        await shard.pager.store(space, slots(1 << 29), pages(slots(9), 1))
+        with pytest.raises(InvalidRequest):
+            shard.spaces.change("s", Limits(), max_slots=10)
+        assert await shard.delete_space("s") == 2
+        with pytest.raises(UnknownSpace):
+            shard.spaces.get("s")
+        with pytest.raises(UnknownSpace):
+            await shard.pager.load(space, slots(3))
+        assert shard.pages == 0
+        assert not list(tmp_path.glob("space-*"))
+
+
+async def test_a_reopened_shard_has_its_pages(tmp_path: Path) -> None:
+    tiers = [ram(mib=2), objects(tmp_path / "o")]
+    where = np.arange(2000, dtype=np.uint64)
+    async with open_shard(tmp_path / "s", *tiers) as shard:
+        space = shard.spaces.create("s")
+        for start in range(0, 2000, 100):
+            part = where[start : start + 100]
+            await shard.pager.store(space, part, pages(part, 1))
+        before = shard.uuid
+    async with open_shard(tmp_path / "s", *tiers) as shard:
+        assert shard.uuid == before
+        assert shard.incarnation == 2
+        space = shard.spaces.get("s")
+        assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+        await shard.delete_space("s")
+    async with open_shard(tmp_path / "s", *tiers, fresh=True) as shard:
+        assert shard.uuid != before
+        assert not list(shard.spaces)
+
+
+async def test_concurrent_stores_of_one_slot_end_with_the_last_acknowledged(tmp_path: Path) -> None:
+    async with open_shard(tmp_path, ram(codec="zstd:1", mib=16)) as shard:
+        space = shard.spaces.create("s")
+        where = np.arange(64, dtype=np.uint64)
+        for turn in range(20):
+            big = asyncio.create_task(shard.pager.store(space, where, pages(where, 2 * turn)))
+            await asyncio.sleep(0)
+            small = slots(turn, turn + 1)
+            await shard.pager.store(space, small, pages(small, 2 * turn + 1))
+            await big
+            loaded = await shard.pager.load(space, small)
+            assert (loaded == pages(small, 2 * turn + 1)).all()
+        assert (shard.handles.pins == 0).all()
