@@ -53,7 +53,9 @@ class ObjectBackend(Backend):
         self._parallel = asyncio.Semaphore(_PARALLEL)
 
     def _say(self, text: object) -> str:
-        return f"{self._spec.safe_url}: {' '.join(str(text).split())[:300]}"
+        # The library's messages end in the server's XML and a dump of its own structures.
+        line = " ".join(str(text).split()).partition(": <?xml")[0]
+        return f"{self._spec.safe_url}: {line[:300]}"
 
     async def open(self) -> None:
         """Lists one key, which shows that the bucket exists and that we may look."""
@@ -131,6 +133,8 @@ class ObjectBackend(Backend):
         except FileNotFoundError as error:
             raise BackendRefused(self._say("no such bucket")) from error
         except (BaseError, OSError) as error:
+            if "NoSuchBucket" in str(error):
+                raise BackendRefused(self._say("no such bucket")) from error
             raise TierUnavailable(self._say(error)) from error
 
     async def usage(self) -> Usage:

@@ -1,0 +1,124 @@
+"""Makes a backend misbehave, on a seeded plan. A feature, not a mock: the backend stays real.
+
+A plan is text: ``seed=7,error=0.01,lost=0.01,delay=0.1,delay_ms=20,flip=0.001,torn=0.001``. Each figure is the probability per call (``flip`` and ``short``: per read).
+
+=====  ==========================================================================================
+error  nothing happens, TierUnavailable
+lost   the call happens, its reply does not: OutcomeUnknown (reads: TierUnavailable)
+delay  the call waits ``delay_ms`` first
+flip   one bit of what is read is wrong
+short  a read finds less than it asked for: PageLost
+torn   a put keeps only a part of the segment and acknowledges it
+=====  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vswap.tiers.backend import Backend, Buffer, Listed, Read, SegmentName
+from vswap.tiers.wrappers.base import Wrapper
+from vswap.wire.errors import BadConfig, OutcomeUnknown, PageLost, TierUnavailable, VswapError
+
+
+class FaultPlan(BaseModel):
+    """Probabilities 0..1; see the module."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = 0
+    error: float = Field(default=0.0, ge=0, le=1)
+    lost: float = Field(default=0.0, ge=0, le=1)
+    delay: float = Field(default=0.0, ge=0, le=1)
+    delay_ms: float = Field(default=10.0, ge=0)
+    flip: float = Field(default=0.0, ge=0, le=1)
+    short: float = Field(default=0.0, ge=0, le=1)
+    torn: float = Field(default=0.0, ge=0, le=1)
+
+    @classmethod
+    def parse(cls, text: str) -> FaultPlan:
+        """Raises BadConfig, naming what is wrong."""
+        try:
+            pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
+            return cls.model_validate({key.strip(): value.strip() for key, value in pairs})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise BadConfig(f"fault plan {text!r}: {key}: {first['msg']}", key=key) from error
+        except ValueError as error:
+            raise BadConfig(f"fault plan {text!r}: say key=value,key=value") from error
+
+
+class Faulty(Wrapper):
+    """``plan`` may be exchanged at any time. The same seed and calls give the same faults."""
+
+    def __init__(
+        self,
+        inner: Backend,
+        plan: FaultPlan,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        super().__init__(inner)
+        self.plan = plan
+        self.injected: Counter[str] = Counter()
+        self._rng = random.Random(plan.seed)
+        self._sleep = sleep
+
+    def _hits(self, fault: str, probability: float) -> bool:
+        if probability and self._rng.random() < probability:
+            self.injected[fault] += 1
+            return True
+        return False
+
+    async def _before(self) -> None:
+        if self._hits("delay", self.plan.delay):
+            await self._sleep(self.plan.delay_ms / 1000)
+        if self._hits("error", self.plan.error):
+            raise TierUnavailable("injected error")
+
+    async def put(self, name: SegmentName, data: Buffer) -> None:
+        await self._before()
+        if self._hits("torn", self.plan.torn):
+            data = memoryview(data)[: self._rng.randrange(1, max(len(data), 2))]
+        await self.inner.put(name, data)
+        if self._hits("lost", self.plan.lost):
+            raise OutcomeUnknown("injected: the reply was lost")
+
+    async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:
+        try:
+            await self._before()
+        except TierUnavailable as error:
+            return [error] * len(reads)
+        results = await self.inner.get(reads)
+        if self._hits("lost", self.plan.lost):
+            return [TierUnavailable("injected: the reply was lost")] * len(reads)
+        return [self._damage(result) for result in results]
+
+    def _damage(self, result: Buffer | VswapError) -> Buffer | VswapError:
+        if isinstance(result, VswapError):
+            return result
+        if self._hits("short", self.plan.short):
+            return PageLost("injected: short read")
+        if self._hits("flip", self.plan.flip):
+            damaged = bytearray(result)
+            bit = self._rng.randrange(len(damaged) * 8)
+            damaged[bit >> 3] ^= 1 << (bit & 7)
+            return damaged
+        return result
+
+    async def delete(self, names: Sequence[SegmentName]) -> None:
+        await self._before()
+        await self.inner.delete(names)
+        if self._hits("lost", self.plan.lost):
+            raise OutcomeUnknown("injected: the reply was lost")
+
+    async def list(self, prefix: str) -> AsyncIterator[Listed]:
+        await self._before()
+        async for listed in self.inner.list(prefix):
+            yield listed
