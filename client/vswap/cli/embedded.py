@@ -56,6 +56,7 @@ def free_port() -> int:
 class EmbeddedRedis:
     """A server process that dies with this one. Without persistence; listens on loopback only.
 
+    ``outlives``: it does not die with this one, only by `stop`.
     ``url`` and ``unix_url`` reach it once started. Usable as a context manager, sync or async.
     """
 
@@ -67,6 +68,7 @@ class EmbeddedRedis:
         policy: str = "noeviction",
         port: int = 0,
         extra: tuple[str, ...] = (),
+        outlives: bool = False,
     ) -> None:
         self.directory = directory or Path(tempfile.mkdtemp(prefix="vswap-redis-"))
         self._own_directory = directory is None
@@ -74,6 +76,7 @@ class EmbeddedRedis:
         self._policy = policy
         self._fixed_port = port
         self._extra = extra
+        self._parent = "0" if outlives else str(os.getpid())
         self.port = port
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -117,7 +120,7 @@ class EmbeddedRedis:
             *self._extra,
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command],
+            [sys.executable, "-c", _DIE_WITH_PARENT, self._parent, *command],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
@@ -182,8 +185,10 @@ class EmbeddedRedis:
 # in a program of its own, since a preexec_fn is not safe next to threads.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
+parent = int(sys.argv[1])
+if parent:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vswap.cli import exits, jobs, load, nodes, run, spaces, status, tiers
+from vswap.cli.demo import command
 from vswap.wire.errors import VswapError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command("activate")(tiers.activate)
 app.command("migrate")(jobs.migrate)
 app.command("compact")(jobs.compact)
 app.command("loadgen")(load.loadgen)
+app.command("demo")(command.demo)
 
 
 def _version(wanted: bool) -> None:

@@ -18,11 +18,14 @@ T = TypeVar("T")
 
 
 def parsed(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser for an option: what it cannot read is a usage error with its own message."""
+    """A parser for an option: what it cannot read is a usage error with its own message.
 
-    def convert(text: str) -> T:
+    Typer hands it defaults as well, which need no parsing.
+    """
+
+    def convert(text: str | T) -> T:
         try:
-            return parse(text)
+            return parse(text) if isinstance(text, str) else text
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 _NUMBER = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*$")
-_BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "p": 2**50}
+_BYTES = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgtp", start=1):
+    _BYTES[_letter] = _BYTES[_letter + "ib"] = 1024**_power
+    _BYTES[_letter + "b"] = 1000**_power
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -15,13 +18,8 @@ def parse_size(text: str) -> int:
     Raises ValueError with a line for people.
     """
     match = _NUMBER.match(text)
-    if match is not None:
-        unit = match[2].lower()
-        stem = unit.removesuffix("b").removesuffix("i")
-        if stem in _BINARY and unit in ("", "b", stem, stem + "b", stem + "ib"):
-            decimal = bool(stem) and unit == stem + "b"
-            scale = 1000 ** list(_BINARY).index(stem) if decimal else _BINARY[stem]
-            return int(float(match[1]) * scale)
+    if match is not None and match[2].lower() in _BYTES:
+        return int(float(match[1]) * _BYTES[match[2].lower()])
     raise ValueError(f"not a size: {text!r} (like 4096, 256MiB, 1G, 1GB)")
 
 

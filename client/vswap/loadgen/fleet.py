@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import uvloop
 from numpy.typing import NDArray
 
 from vswap.loadgen.meter import Meter
@@ -156,7 +157,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
-            asyncio.run(
+            uvloop.run(
                 _serve(
                     pipe,
                     LoadRun(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from vswap.loadgen.workload import Mix
 from vswap.wire.errors import InvalidRequest, VswapError
 
 READ_BACK_BATCH = 256
+LOCATE_BATCH = 16384
 
 Work: TypeAlias = Coroutine[Any, Any, None]
 
@@ -144,6 +145,18 @@ class LoadRun:
             lambda stripe, meter: self._some(stripe, share, lambda slots: stripe.free(slots, meter))
         )
 
+    async def free_in(self, tier: str, share: float) -> Meter:
+        """Free a random share of the pages that lie in a tier right now."""
+
+        async def work(stripe: Stripe, meter: Meter) -> None:
+            held = stripe.ledger.all_held()
+            there = held[await _lies_in(stripe.space, held, tier)]
+            chosen = self._rng(stripe).permutation(there)[: round(share * len(there))]
+            for part in _parts(np.sort(chosen), self.spec.batch):
+                await stripe.free(part, meter)
+
+        return await self._phase(work)
+
     async def read_back(self) -> Meter:
         """Load and check every page; slots that were freed must be free."""
         batch = max(1, min(READ_BACK_BATCH, self.stripes[0].space.max_batch))
@@ -185,11 +198,13 @@ class LoadRun:
     async def _some(
         self, stripe: Stripe, share: float, work: Callable[[NDArray[np.uint64]], Work]
     ) -> None:
-        rng = np.random.default_rng([self.spec.seed, stripe.ledger.first, self.total.ops])
         count = stripe.ledger.count
-        chosen = np.sort(rng.permutation(count)[: round(share * count)]) + stripe.ledger.first
-        for start in range(0, len(chosen), self.spec.batch):
-            await work(chosen[start : start + self.spec.batch].astype(np.uint64))
+        chosen = np.sort(self._rng(stripe).permutation(count)[: round(share * count)])
+        for part in _parts((chosen + stripe.ledger.first).astype(np.uint64), self.spec.batch):
+            await work(part)
+
+    def _rng(self, stripe: Stripe) -> np.random.Generator:
+        return np.random.default_rng([self.spec.seed, stripe.ledger.first, self.total.ops])
 
     def _paces(self, begin_s: float) -> list[Pace | None]:
         if not self.spec.rate_pages_s:
@@ -227,6 +242,20 @@ class LoadRun:
         if self._reported < SHOWN_WRONGS:
             self._report_line(line)
         self._reported += 1
+
+
+async def _lies_in(space: AsyncSpace, slots: NDArray[np.uint64], tier: str) -> NDArray[np.bool_]:
+    """Which of the slots lie in that tier."""
+    found = [np.empty(0, np.bool_)]
+    for part in _parts(slots, LOCATE_BATCH):
+        names, codes = await space.locate_codes(part)
+        found.append(codes == names.index(tier) if tier in names else np.zeros(len(part), np.bool_))
+    return np.concatenate(found)
+
+
+def _parts(slots: NDArray[np.uint64], size: int) -> Iterator[NDArray[np.uint64]]:
+    for start in range(0, len(slots), size):
+        yield slots[start : start + size]
 
 
 def _bounds(index: int, spec: LoadSpec, nodes: int) -> tuple[int, int]:
