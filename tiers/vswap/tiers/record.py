@@ -78,12 +78,10 @@ def salts(shard_key: int, serials: U64) -> U64:
 
 
 def make_meta(sequence: U64, codec: U8, padding: NDArray[np.integer], page_shift: U64) -> U64:
-    return (
-        (sequence << np.uint64(16))
-        | (codec.astype(np.uint64) << np.uint64(12))
-        | (padding.astype(np.uint64) << np.uint64(8))
-        | page_shift
-    )
+    meta: U64 = (sequence << np.uint64(16)) | page_shift
+    meta |= codec.astype(np.uint64) << np.uint64(12)
+    meta |= padding.astype(np.uint64) << np.uint64(8)
+    return meta
 
 
 def meta_sequence(meta: U64) -> U64:
