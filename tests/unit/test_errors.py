@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 import pytest
 
@@ -27,7 +29,7 @@ class Failed(grpc.RpcError):
     def details(self) -> str:
         return self._status[1]
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+    def trailing_metadata(self) -> Any:
         return self._status[2]
 
 

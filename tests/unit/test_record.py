@@ -36,7 +36,7 @@ lengths = st.lists(st.integers(1, 5000), min_size=1, max_size=40)
 @given(lengths)
 def test_a_segment_reads_back_as_it_was_built(sizes: list[int]) -> None:
     records = make_records(sizes)
-    built = segment.build(records, NAME)
+    built = segment.build([records], NAME)
     parsed = segment.parse(built.data.tobytes(), NAME)
     assert parsed.whole
     assert parsed.records.valid().all()
@@ -48,7 +48,7 @@ def test_a_segment_reads_back_as_it_was_built(sizes: list[int]) -> None:
 
 @given(lengths, st.data())
 def test_no_flipped_bit_goes_unseen(sizes: list[int], data: st.DataObject) -> None:
-    built = segment.build(make_records(sizes), NAME)
+    built = segment.build([make_records(sizes)], NAME)
     bit = data.draw(st.integers(0, len(built.data) * 8 - 1))
     damaged = built.data.copy()
     damaged[bit >> 3] ^= 1 << (bit & 7)
@@ -68,9 +68,11 @@ def test_a_read_of_another_slot_space_sequence_or_segment_fails() -> None:
     records = make_records([100, 200, 300])
     for column, other in (("slot", 9), ("space", 9), ("meta", 1 << 20)):
         wrong = records.take(slice(None))
-        setattr(wrong, column, getattr(records, column) ^ getattr(records, column).dtype.type(other))
+        setattr(
+            wrong, column, getattr(records, column) ^ getattr(records, column).dtype.type(other)
+        )
         assert not wrong.valid().any()
-    built = segment.build(records, NAME)
+    built = segment.build([records], NAME)
     stale = record.read_records(
         built.data[: built.payload_bytes],
         record.loc_offset(built.loc),
@@ -88,13 +90,13 @@ def test_a_read_of_another_slot_space_sequence_or_segment_fails() -> None:
      SegmentName(NAME.cluster, NAME.shard, 8)],
 )  # fmt: skip
 def test_a_segment_under_a_wrong_name_is_refused(other: SegmentName) -> None:
-    built = segment.build(make_records([100]), NAME)
+    built = segment.build([make_records([100])], NAME)
     with pytest.raises(PageCorrupt, match="another name"):
         segment.parse(built.data.tobytes(), other)
 
 
 def test_another_version_is_refused() -> None:
-    data = segment.build(make_records([100]), NAME).data.copy()
+    data = segment.build([make_records([100])], NAME).data.copy()
     data[len(data) - segment.TRAILER_BYTES + 8] = segment.VERSION + 1
     with pytest.raises(PageCorrupt, match="version"):
         segment.parse(data.tobytes(), NAME)
@@ -105,7 +107,7 @@ def test_moving_a_selection_keeps_bytes_and_identity(sizes: list[int], keep: lis
     records = make_records(sizes)
     mask = np.array(keep[: len(sizes)])
     chosen = records.take(mask)
-    moved = segment.parse(segment.build(chosen, NAME).data.tobytes(), NAME).records
+    moved = segment.parse(segment.build([chosen], NAME).data.tobytes(), NAME).records
     assert moved.valid().all()
     assert [bytes(e) for e in moved.encoded()] == [bytes(e) for e in chosen.encoded()]
     joined = record.concatenate([chosen, records.take(~mask)])

@@ -39,8 +39,7 @@ def test_behaves_like_a_dict(
         where = slots(*sorted(chosen))
         words = np.zeros(len(where), np.uint64) if free else where + np.uint64(turn + 1)
         put(table, where, words)
-        for slot, word in zip(where.tolist(), words.tolist(), strict=True):
-            model[slot] = word
+        model.update(zip(where.tolist(), words.tolist(), strict=True))
         every = np.arange(5 * CHUNK_SLOTS, dtype=np.uint64)
         expected = np.zeros(len(every), np.uint64)
         for slot, word in model.items():

@@ -8,6 +8,7 @@ and the flip; what no flip took is dead on arrival.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,8 @@ from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier
 from vswap.tiers import ram
 from vswap.tiers.backend import Read
-from vswap.tiers.record import ROW_BYTES, U64, Records, cut, salt
-from vswap.tiers.segment import TRAILER_BYTES, build, shard_key
+from vswap.tiers.record import ROW_BYTES, U64, Records, concatenate, cut, salt
+from vswap.tiers.segment import build, segment_size, shard_key
 from vswap.wire.errors import OutcomeUnknown, OutOfTiers, PageCorrupt, VswapError
 
 STORES, MOVED = 0, 1
@@ -133,15 +134,19 @@ class SegmentLog:
     def is_head(self, handle: int) -> bool:
         return False
 
-    async def place(self, records: Records, *, evacuating: bool) -> Placed:
+    async def place(self, parts: Sequence[Records], *, evacuating: bool) -> Placed:
         """Seals records into as few segments as hold them and waits for the backend's ack.
 
         Raises OutOfTiers (no room or grant; nothing was written), TierUnavailable or
         OutcomeUnknown (what was written is deleted in the background).
         """
         room = self._tier.segment_bytes
-        runs = [run for run in cut(records.cost, room, room) if run.stop > run.start]
-        need = int(records.cost.sum()) + len(runs) * TRAILER_BYTES
+        segments = [parts]
+        if segment_size(parts) > self._tier.backend.segment_bytes:
+            records = concatenate(parts)
+            runs = cut(records.cost, room, room)
+            segments = [[records.take(run)] for run in runs if run.stop > run.start]
+        need = sum(map(segment_size, segments))
         if need > self._tier.room(evacuating=evacuating):
             raise OutOfTiers(
                 f"tier {self._tier.name} has no room for {need} bytes", tier=self._tier.name,
@@ -149,12 +154,7 @@ class SegmentLog:
             )  # fmt: skip
         self._tier.writing += 1
         try:
-            if len(runs) == 1:
-                word, handle = await self._write(records)
-                return Placed(word, [handle])
-            done = await asyncio.gather(
-                *(self._write(records.take(run)) for run in runs), return_exceptions=True
-            )
+            done = await asyncio.gather(*map(self._write, segments), return_exceptions=True)
         finally:
             self._tier.writing -= 1
         failures = [result for result in done if isinstance(result, BaseException)]
@@ -169,10 +169,8 @@ class SegmentLog:
         for handle in placed.segments:
             self._reaper.unpin(handle)
 
-    async def _write(self, records: Records) -> tuple[U64, int]:
-        stored = (
-            int(records.cost.sum()) + self._tier.backend.segment_bytes - self._tier.segment_bytes
-        )
+    async def _write(self, parts: Sequence[Records]) -> tuple[U64, int]:
+        stored = segment_size(parts)
         handle = self._handles.create(self._tier.tag, WRITING, self._now(), stored=stored)
         self._handles.pins[handle] += 1
         self._tier.segments[handle] = None
@@ -180,7 +178,7 @@ class SegmentLog:
         name = self._tier.segment_name(handle)
         try:
             async with self._transfers:
-                built = build(records, name)
+                built = build(parts, name)
                 await self._tier.backend.put(name, built.data.data)
                 if self._tier.spec.verify_writes:
                     await self._read_back(handle, built.data.data)
@@ -194,7 +192,7 @@ class SegmentLog:
             raise
         self._tier.succeeded()
         row = self._handles.rows[handle]
-        row["payload"], row["records"] = built.payload_bytes, len(records)
+        row["payload"], row["records"] = built.payload_bytes, len(built.loc)
         self._handles.set_state(handle, SEALED)
         return entry.tier_words(self._tier.tag, handle, built.loc), handle
 

@@ -13,6 +13,7 @@ A segment can be parsed alone, in one read, and is immutable.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -49,9 +50,9 @@ def shard_key(shard: UUID) -> int:
     return shard.int & (1 << 64) - 1
 
 
-def segment_size(records: Records) -> int:
+def segment_size(parts: Sequence[Records]) -> int:
     """Bytes of the segment that :func:`build` makes of these records."""
-    return int(records.cost.sum()) + TRAILER_BYTES
+    return sum(int(part.cost.sum()) for part in parts) + TRAILER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +64,32 @@ class Built:
     payload_bytes: int
 
 
-def build(records: Records, name: SegmentName) -> Built:
-    """Seals records into one segment: one copy of the bytes, one hash over the whole."""
-    payload = int(records.size.sum())
+def build(parts: Sequence[Records], name: SegmentName) -> Built:
+    """Seals records into one segment, in order: one copy of the bytes, one hash over the whole."""
+    payload = sum(int(part.size.sum()) for part in parts)
     if payload > MAX_PAYLOAD_BYTES:
         raise ValueError(f"payload of {payload} bytes exceeds {MAX_PAYLOAD_BYTES}")
-    data = np.empty(segment_size(records), np.uint8)
-    offset = records.copy_into(data)
-    write_headers(
-        data, offset, records.sums, records.meta, salt(shard_key(name.shard), name.serial)
-    )
-    loc = make_loc(offset, records.size)
-    rows = data[payload : payload + ROW_BYTES * len(records)].view(ROW)
-    rows["space"], rows["slot"], rows["loc"] = records.space, records.slot, loc
-    end = payload + ROW_BYTES * len(records)
+    count = sum(map(len, parts))
+    end = payload + ROW_BYTES * count
+    data = np.empty(end + TRAILER_BYTES, np.uint8)
+    own = salt(shard_key(name.shard), name.serial)
+    rows = data[payload:end].view(ROW)
+    start = row = 0
+    for part in parts:
+        stop = start + int(part.size.sum())
+        offset = part.copy_into(data[start:stop]) + start
+        write_headers(data, offset, part.sums, part.meta, own)
+        own_rows = rows[row : row + len(part)]
+        own_rows["space"], own_rows["slot"] = part.space, part.slot
+        own_rows["loc"] = make_loc(offset, part.size)
+        start, row = stop, row + len(part)
     trailer = _TRAILER.pack(
-        MAGIC, VERSION, 0, len(records), name.cluster.bytes, name.shard.bytes, name.serial,
-        payload, 0,
-    )  # fmt: skip
+        MAGIC, VERSION, 0, count, name.cluster.bytes, name.shard.bytes, name.serial, payload, 0
+    )
     data[end : end + _TRAILER.size] = np.frombuffer(trailer, np.uint8)
     digest = xxh3_64_intdigest(data[: -_HASH.size].data)
     data[-_HASH.size :] = np.frombuffer(_HASH.pack(digest), np.uint8)
-    return Built(data, loc, payload)
+    return Built(data, rows["loc"].copy(), payload)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Makes a backend misbehave, on a seeded plan. A feature, not a mock: the backend stays real.
 
-A plan is text: ``seed=7,error=0.01,lost=0.01,delay=0.1,delay_ms=20,flip=0.001,torn=0.001``. Each figure is the probability per call (``flip`` and ``short``: per read).
+A plan is text: ``seed=7,error=0.01,lost=0.01,delay=0.1,delay_ms=20,flip=0.001,torn=0.001``.
+Each figure is the probability per call (``flip`` and ``short``: per read).
 
 =====  ==========================================================================================
 error  nothing happens, TierUnavailable
