@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vswap.cli import exits, jobs, load, nodes, run, spaces, status, tiers
+from vswap.cli import exits, health, jobs, load, nodes, run, spaces, status, tiers
 from vswap.cli.demo import command
 from vswap.wire.errors import VswapError
 
@@ -27,6 +27,7 @@ app.add_typer(tiers.app, name="tier")
 app.add_typer(spaces.app, name="space")
 app.add_typer(jobs.app, name="job")
 app.command("status")(status.status)
+app.command("health")(health.health)
 app.command("drain")(jobs.drain)
 app.command("activate")(tiers.activate)
 app.command("migrate")(jobs.migrate)
