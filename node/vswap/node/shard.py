@@ -38,7 +38,7 @@ from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
 from vswap.tiers.ram import RamBackend
 from vswap.tiers.spec import TierSpec
-from vswap.wire.errors import AlreadyExists, BackendRefused, Refused, StateInvalid, VswapError
+from vswap.wire.errors import AlreadyExists, Refused, StateInvalid, VswapError
 
 TIERS_FILE = "tiers.json"
 TIERS_VERSION = 1
@@ -113,10 +113,11 @@ class Shard:
         if not new:
             recover(self.handles, self.ledger, self.spaces, self.tiers, self.reaper)
         self.handles.begin_life()
-        await asyncio.gather(*(self._open_backend(tier) for tier in self.tiers))
-        for tier in self.tiers:
-            if tier.local and not tier.opened:
-                raise BackendRefused(f"tier {tier.name}: {tier.error}", tier=tier.name)
+        problems = await asyncio.gather(*map(self._open_backend, self.tiers))
+        for tier, problem in zip(self.tiers, problems, strict=True):
+            # A tier that holds pages already may come back; the others are served meanwhile.
+            if problem is not None and tier.local and not tier.segments:
+                raise type(problem)(f"tier {tier.name}: {problem}", **problem.fields)
         self._spawn(self.reaper.run())
         self._spawn(self._promoter.run())
         self._spawn(self._housekeeping())
@@ -279,15 +280,16 @@ class Shard:
         open_ = self._region.open if self._region.exists(name) else self._region.create
         return RamBackend(open_(name, spec.capacity_bytes), spec.capacity_bytes)
 
-    async def _open_backend(self, tier: Tier) -> None:
+    async def _open_backend(self, tier: Tier) -> VswapError | None:
         try:
             await tier.backend.open()
         except VswapError as error:
             tier.failed(error)
-            logger.error("tier cannot be opened", tier=tier.name, error=str(error))
-        else:
-            tier.opened = True
-            tier.succeeded()
+            logger.warning("tier cannot be opened", tier=tier.name, error=str(error))
+            return error
+        tier.opened = True
+        tier.succeeded()
+        return None
 
     def _save_tiers(self) -> None:
         """Before a tag is used it is on file: an entry must never outlive its meaning."""
