@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ci lint types proto bench up down clean
+.PHONY: help demo test ci lint types proto bench up load down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,11 +39,14 @@ proto: $(STAMP) ## regenerate the protobuf modules
 bench: $(STAMP) ## speed and memory, alternatives interleaved, each with floor and aim
 	$(BIN)/python -m benchmarks $(ARGS)
 
-up: ## start the compose cluster
-	docker compose -f deploy/compose.yaml up --build --detach --wait
+up: ## start the compose cluster (docker compose v2 or docker-compose v1)
+	@deploy/compose.sh up
+
+load: ## put load on it and check every page (VSWAP_LOAD_PAGES, VSWAP_LOAD_SECONDS)
+	@deploy/compose.sh load
 
 down: ## stop the compose cluster and remove its volumes
-	docker compose -f deploy/compose.yaml --profile load down --volumes
+	@deploy/compose.sh down
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
