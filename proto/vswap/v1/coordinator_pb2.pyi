@@ -317,12 +317,14 @@ class ForgetNodeRequest(_message.Message):
     def __init__(self, node: _Optional[str] = ...) -> None: ...
 
 class ForgetNodeReply(_message.Message):
-    __slots__ = ("segments_deleted", "bytes_deleted")
+    __slots__ = ("segments_deleted", "bytes_deleted", "pending_tiers")
     SEGMENTS_DELETED_FIELD_NUMBER: _ClassVar[int]
     BYTES_DELETED_FIELD_NUMBER: _ClassVar[int]
+    PENDING_TIERS_FIELD_NUMBER: _ClassVar[int]
     segments_deleted: int
     bytes_deleted: int
-    def __init__(self, segments_deleted: _Optional[int] = ..., bytes_deleted: _Optional[int] = ...) -> None: ...
+    pending_tiers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, segments_deleted: _Optional[int] = ..., bytes_deleted: _Optional[int] = ..., pending_tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class JobSpec(_message.Message):
     __slots__ = ("kind", "tier", "destination", "byte_budget", "older_than_s", "target_utilisation", "rate_bytes_s")

@@ -11,8 +11,9 @@ line, an InternalError. The stream or channel stays up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -47,15 +48,17 @@ def served(
 
 
 def served_stream(
-    method: Callable[[Self, Request, Context], AsyncIterator[Reply]],
+    method: Callable[[Self, Request, Context], AsyncGenerator[Reply, None]],
 ) -> Callable[[Self, Request, Context], AsyncIterator[Reply]]:
     """Wraps a method that is an async generator of replies."""
 
     @functools.wraps(method)
     async def call(self: Self, request: Request, context: Context) -> AsyncIterator[Reply]:
         try:
-            async for reply in method(self, request, context):
-                yield reply
+            # Closed at once when the call ends early, not when the garbage collector comes by.
+            async with contextlib.aclosing(method(self, request, context)) as replies:
+                async for reply in replies:
+                    yield reply
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:

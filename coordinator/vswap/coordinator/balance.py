@@ -1,0 +1,119 @@
+"""What the coordinator starts by itself: moving pages down from full tiers, and compaction.
+
+Both look at what the nodes report, act on one tier at a time, and then leave it alone for a while.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vswap.coordinator import jobs, room
+from vswap.coordinator.events import StartJob
+from vswap.coordinator.state import MoveKind, State, Tier, TierState
+from vswap.coordinator.turn import Turn
+from vswap.wire.errors import VswapError
+
+_QUIET_S = 30.0
+_LEAST_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to start something. ``utilisation`` is live bytes over stored bytes."""
+
+    balance: bool = True
+    compact: bool = True
+    compact_below_utilisation: float = 0.5
+    compact_min_garbage_bytes: int = 64 * 2**20
+
+
+def consider(turn: Turn, policy: Policy, spare_id: str) -> None:
+    """Starts at most one automatic job."""
+    state = turn.state
+    for tier in state.ranked():
+        name = tier.spec.name
+        if tier.state is not TierState.ACTIVE or _busy(state, name):
+            continue
+        wanted = None
+        if policy.compact and _quiet(turn, name, MoveKind.COMPACT):
+            wanted = _compaction(state, tier, policy)
+        if wanted is None and policy.balance and _quiet(turn, name, MoveKind.MIGRATE):
+            wanted = _relief(state, tier)
+        if wanted is not None and _start(turn, wanted, spare_id):
+            return
+
+
+def _start(turn: Turn, wanted: StartJob, spare_id: str) -> bool:
+    turn.state.quiet_until_s[wanted.tier, wanted.kind] = turn.now_s + _QUIET_S
+    try:
+        jobs.start(
+            turn,
+            StartJob(
+                id=f"auto-{wanted.kind.word}-{spare_id}",
+                kind=wanted.kind,
+                tier=wanted.tier,
+                destination=wanted.destination,
+                byte_budget=wanted.byte_budget,
+                automatic=True,
+            ),
+        )
+    except VswapError:
+        # Refused for reasons that an operator would be told; nobody asked, so it waits.
+        return False
+    return True
+
+
+def _compaction(state: State, tier: Tier, policy: Policy) -> StartJob | None:
+    live, stored = _reported(state, tier.spec.name)
+    if stored - live < max(policy.compact_min_garbage_bytes, 1):
+        return None
+    if live >= policy.compact_below_utilisation * stored:
+        return None
+    return StartJob(id="", kind=MoveKind.COMPACT, tier=tier.spec.name)
+
+
+def _relief(state: State, tier: Tier) -> StartJob | None:
+    """Above ``high``: down to ``low``, into the next slower tier that has room for a good part."""
+    spec = tier.spec
+    live, stored = _reported(state, spec.name)
+    if stored <= spec.high * spec.capacity_bytes:
+        return None
+    surplus = min(live, stored - int(spec.low * spec.capacity_bytes))
+    reserved = room.reservations(state)
+    ranked = state.ranked()
+    for target in ranked[ranked.index(tier) + 1 :]:
+        if target.state is not TierState.ACTIVE:
+            continue
+        name = target.spec.name
+        promised = sum(taken for (_, where), taken in reserved.items() if where == name)
+        capacity = target.spec.capacity_bytes
+        below_high = int(target.spec.high * capacity) - state.stored_bytes(name) - promised
+        budget = min(surplus, below_high)
+        if budget >= _LEAST_BYTES:
+            return StartJob(
+                id="",
+                kind=MoveKind.MIGRATE,
+                tier=spec.name,
+                destination=name,
+                byte_budget=budget,
+            )
+    return None
+
+
+def _reported(state: State, name: str) -> tuple[int, int]:
+    """(live, stored) bytes on connected nodes: only they can move anything."""
+    live = stored = 0
+    for uuid, session in state.sessions.items():
+        if session.connected:
+            live += state.live(uuid, name)
+            stored += state.stored(uuid, name)
+    return live, stored
+
+
+def _busy(state: State, name: str) -> bool:
+    return any(name in (job.tier, job.destination) for job in state.running())
+
+
+def _quiet(turn: Turn, name: str, kind: MoveKind) -> bool:
+    """Whether the last automatic job of that kind is long enough ago."""
+    return turn.now_s >= turn.state.quiet_until_s.get((name, kind), 0.0)
