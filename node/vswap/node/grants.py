@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from vswap.node.tier import Tier
+from vswap.node.tier import Tier, TierState
 
 _CHUNK_BYTES = 32 * 2**20
 _WAIT_S = 2.0
@@ -31,19 +31,29 @@ class Grants:
         tier.room_changed.set()
 
     def ahead(self, tier: Tier, need_bytes: int = 0) -> None:
-        """Asks for more if the tier runs low; never waits."""
-        if tier.local or self.wanted is None:
+        """Asks for more if the tier runs low; never waits.
+
+        A node keeps a chunk of headroom in every active tier, also in those it does not use yet:
+        it must get along when the coordinator is away.
+        """
+        if tier.local or self.wanted is None or tier.state is not TierState.ACTIVE:
             return
-        used = tier.stored_bytes + self._promised(tier.tag) + need_bytes
-        chunk = min(
-            _CHUNK_BYTES, max(tier.spec.capacity_bytes // 16, 2 * tier.backend.segment_bytes)
-        )
-        total = used + chunk + tier.reserve_bytes
-        if used + tier.reserve_bytes + chunk // 2 <= tier.limit_bytes:
+        used = self._used(tier) + need_bytes
+        if used + self._headroom(tier) // 2 <= tier.limit_bytes:
             return
+        total = used + self._headroom(tier)
         if self._asked.get(tier.name, 0) < total:
             self._asked[tier.name] = total
             self.wanted(tier.name, total)
+
+    def _used(self, tier: Tier) -> int:
+        return tier.stored_bytes + self._promised(tier.tag)
+
+    def _headroom(self, tier: Tier) -> int:
+        """Of the node's share: at most a sixteenth of the capacity, but room for two segments."""
+        segment = tier.backend.segment_bytes
+        chunk = min(_CHUNK_BYTES, max(tier.spec.capacity_bytes // 16, 2 * segment))
+        return chunk + max(tier.reserve_bytes, 2 * segment)
 
     async def want(self, tier: Tier, need_bytes: int) -> bool:
         """Asks and waits a little; True if the tier now has room for ``need_bytes``."""
@@ -67,9 +77,10 @@ class Grants:
         """Returns room that the node does not need. From here on it does not count on it."""
         if tier.local or self.wanted is None or tier.name in self._asked:
             return
-        used = tier.stored_bytes + self._promised(tier.tag)
-        keep = used + 2 * _CHUNK_BYTES + tier.reserve_bytes if used else 0
-        if tier.limit_bytes > keep + 2 * _CHUNK_BYTES or (not used and tier.limit_bytes):
+        keep = self._used(tier)
+        if tier.state is TierState.ACTIVE:
+            keep += 2 * self._headroom(tier)
+        if tier.limit_bytes > keep + _CHUNK_BYTES or (not keep and tier.limit_bytes):
             tier.limit_bytes = keep
             self._asked[tier.name] = keep
             self.wanted(tier.name, keep)

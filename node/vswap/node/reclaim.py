@@ -128,33 +128,51 @@ class Reclaim:
             return Moved()
         live = self._handles.live_bytes[segments]
         stored = self._handles.rows["stored"][segments].astype(np.int64)
-        garbage = 1.0 - live.sum() / max(int(stored.sum()), 1)
-        if garbage > _GARBAGE_SHARE:
-            age = self._clock() - self._handles.rows["born"][segments]
-            order = cost_benefit(live, stored, age)
-            worst = [
-                int(segments[i])
-                for i in order[:_ROUND_SEGMENTS]
-                if live[i] < _MOST_LIVE * stored[i]
-            ]
-            if worst:
-                self.counters["local_compactions"] += 1
-                return await self._evacuator.evacuate(tier, worst, self._choosers.rewrite())
+        if 1.0 - live.sum() / max(int(stored.sum()), 1) > _GARBAGE_SHARE:
+            moved = await self._compact(tier)
+            if moved is not None:
+                return moved
         slower = self._tiers.slower(tier)
         for target in slower:
             self._grants.ahead(target, int(live[:_ROUND_SEGMENTS].sum()))
-        if not any(t.writable and t.room(evacuating=False) > 0 for t in slower):
-            cluster = [t for t in slower if not t.local]
-            for target in cluster:
-                if await self._grants.want(target, target.backend.segment_bytes):
-                    break
-            else:
-                return Moved()
+        if not await self._any_room(slower):
+            # Nothing below has room: dead records there are all that can still give some.
+            for target in slower:
+                moved = await self._compact(target) if target.writable else None
+                if moved is not None and moved.pages:
+                    return moved
+            return Moved()
         self.counters["demotions"] += 1
         choose = self._choosers.first_fit(
             lambda: self._tiers.slower(tier), use_reserve=False, second_chance=True
         )
         return await self._evacuator.evacuate(tier, segments[:_ROUND_SEGMENTS].tolist(), choose)
+
+    async def _any_room(self, targets: list[Tier]) -> bool:
+        if any(t.writable and self._free(t) > 0 for t in targets):
+            return True
+        for target in targets:
+            if await self._grants.want(target, target.backend.segment_bytes):
+                return True
+        return False
+
+    def _free(self, tier: Tier) -> int:
+        return tier.room(evacuating=False) - self._evacuator.promised[tier.tag]
+
+    async def _compact(self, tier: Tier) -> Moved | None:
+        """Rewrites the worst segments of a tier in place; None where none is worth it."""
+        segments = np.array(self._evacuator.movable(tier), np.int64)
+        live = self._handles.live_bytes[segments]
+        stored = self._handles.rows["stored"][segments].astype(np.int64)
+        age = self._clock() - self._handles.rows["born"][segments]
+        order = cost_benefit(live, stored, age)
+        order = order[live[order] < _MOST_LIVE * stored[order]][:_ROUND_SEGMENTS]
+        if not len(order):
+            return None
+        self.counters["local_compactions"] += 1
+        return await self._evacuator.evacuate(
+            tier, segments[order].tolist(), self._choosers.rewrite()
+        )
 
     async def close(self) -> None:
         self.closed = True

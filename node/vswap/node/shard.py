@@ -352,8 +352,8 @@ class Shard:
             for tier in self.tiers:
                 if not tier.opened and not tier.sick_for_s:
                     await self._open_backend(tier)
-                if not self.evacuator.promised[tier.tag]:
-                    self._grants.give_back(tier)
+                self._grants.ahead(tier)
+                self._grants.give_back(tier)
             self._watch_pressure()
             if clock() >= sweep_at:
                 sweep_at = clock() + _SWEEP_S
