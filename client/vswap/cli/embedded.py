@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -56,8 +57,9 @@ def free_port() -> int:
 class EmbeddedRedis:
     """A server process that dies with this one. Without persistence; listens on loopback only.
 
-    ``outlives``: it does not die with this one, only by `stop`.
-    ``url`` and ``unix_url`` reach it once started. Usable as a context manager, sync or async.
+    To be exact, it dies with the thread that started it. ``outlives``: only by `stop`.
+    ``url`` and ``unix_url`` reach it once started; ``binary`` and ``version`` say what it is.
+    Usable as a context manager, sync or async.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class EmbeddedRedis:
         self._extra = extra
         self._parent = "0" if outlives else str(os.getpid())
         self.port = port
+        self.binary = ""
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -97,9 +100,18 @@ class EmbeddedRedis:
         assert self.process is not None
         return self.process.pid
 
+    @property
+    def version(self) -> str:
+        """As the binary tells it, such as ``9.1.2``."""
+        told = subprocess.run(
+            [self.binary, "--version"], capture_output=True, text=True, check=True
+        )
+        found = re.search(r"v=([\w.]+)", told.stdout)
+        return found[1] if found else told.stdout.strip()
+
     def start(self) -> EmbeddedRedis:
         """Starts and waits until it answers. Raises Refused or Unreachable."""
-        binary = find_server()
+        self.binary = binary = find_server()
         for _ in range(_ATTEMPTS):
             self.port = self._fixed_port or free_port()
             self._launch(binary)
@@ -108,6 +120,7 @@ class EmbeddedRedis:
             self.stop(keep_directory=True)
         log = self.directory / "redis.log"
         tail = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
+        self.stop()
         raise Unreachable(f"{binary} does not start: {' '.join(tail)}", address=self.url)
 
     def _launch(self, binary: str) -> None:

@@ -112,7 +112,8 @@ class Backend(abc.ABC):
     async def put(self, name: SegmentName, data: Buffer) -> None:
         """Store a segment, whole. Returns once the backend acknowledged it; one round trip.
 
-        ``data`` is not kept after the call returns or raises.
+        ``data`` is not needed once the call returns. After OutcomeUnknown the name is burnt: what
+        lies under it, now or later, may be anything.
         """
 
     @abc.abstractmethod

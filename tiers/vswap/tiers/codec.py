@@ -96,10 +96,14 @@ def decode_many(ids: Sequence[int], encoded: Sequence[Buffer], page_bytes: int) 
     """Decodes pages; the result has the same order, each of ``page_bytes``.
 
     Raw pages come back as the views they were given. Raises PageCorrupt for anything that does not
-    decode to exactly a page. The input has passed its record's checksum: frames carry no size of
-    their own, since the page's is known.
+    decode to exactly a page, and allocates no more than that for it. Frames carry no size and no
+    checksum: the page's size is known, and the record has a checksum over its encoded bytes.
     """
     decompress = _decompressor()
+    # A frame that states its size makes the library allocate that much, whatever we bound it to.
+    if any(i == ZSTD and len(data) > 4 and data[4] & 0xE0
+           for i, data in zip(ids, encoded, strict=True)):  # fmt: skip
+        raise PageCorrupt("a page does not decode: not a frame of ours")
     try:
         pages: list[Buffer]
         if all(i == ZSTD for i in ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,6 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 from obstore.store import MemoryStore, from_url
-from xxhash import xxh3_64_intdigest
 
 from vswap.tiers.backend import Backend, Buffer, Listed, Read, SegmentName, Usage
 from vswap.tiers.spec import TierSpec
@@ -32,6 +32,10 @@ from vswap.wire.errors import (
 )
 
 _PARALLEL = 16
+_EXIT_PAUSE_S = 0.05
+
+# Told from the message alone: the library has no exception for a range beyond the end.
+_TOO_SHORT = re.compile(r"status code: 416 |: Invalid range: ")
 _OPTIONS = {
     "endpoint": "endpoint",
     "region": "region",
@@ -42,7 +46,10 @@ _OPTIONS = {
 class ObjectBackend(Backend):
     """``s3://bucket/prefix?endpoint=...&region=...&allow_http=true``, ``gs://``, ``az://``,
     ``memory://``. Credentials come from the environment the way each cloud's tools read them;
-    for S3 the tier's ``password_env`` or ``password_file`` may hold the secret key."""
+    for S3 the tier's ``password_env`` or ``password_file`` may hold the secret key.
+
+    A store that ignores conditional creation serves as well: a name is never used twice. A ``put``
+    that finds its very own bytes succeeds."""
 
     segment_bytes = 4 * 2**20
     gap_bytes = 256 * 1024
@@ -53,9 +60,16 @@ class ObjectBackend(Backend):
         self._parallel = asyncio.Semaphore(_PARALLEL)
 
     def _say(self, text: object) -> str:
-        # The library's messages end in the server's XML and a dump of its own structures.
-        line = " ".join(str(text).split()).partition(": <?xml")[0]
-        return f"{self._spec.safe_url}: {line[:300]}"
+        return f"{self._spec.safe_url}: {text}"
+
+    def _reason(self, error: BaseException) -> str:
+        """One line: what the library says, without its dump but with the cause hidden in there."""
+        if isinstance(error, TimeoutError):
+            return self._say(f"no answer within {self._spec.timeout_s:g} s")
+        text, _, dump = str(error).partition("\n\nDebug source:")
+        line = " ".join(text.split()).partition(": <?xml")[0][:300]
+        cause = re.search(r'(?:message|error): "([^"]+)"', dump)
+        return self._say(f"{line} ({cause[1]})" if cause else line)
 
     async def open(self) -> None:
         """Lists one key, which shows that the bucket exists and that we may look."""
@@ -70,7 +84,9 @@ class ObjectBackend(Backend):
             raise BackendRefused(self._say("an object store has no limit: set capacity_bytes"))
 
     async def close(self) -> None:
-        return
+        # The library's threads touch Python once more after a call has returned, and abort the
+        # process where that meets the interpreter's end (pyo3-async-runtimes issue 40).
+        await asyncio.sleep(_EXIT_PAUSE_S)
 
     async def put(self, name: SegmentName, data: Buffer) -> None:
         payload = bytes(data)
@@ -79,18 +95,18 @@ class ObjectBackend(Backend):
                 await obstore.put_async(self._store, name.key, payload, mode="create")
         except AlreadyExistsError as error:
             # A reply that was lost and repeated by the library finds our own first attempt.
-            if not await self._holds(name, payload):
+            [found] = await self.get([Read(name, 0, len(payload))])
+            if isinstance(found, TierUnavailable):
+                raise OutcomeUnknown(found.message) from error
+            if isinstance(found, VswapError) or found != payload:
                 raise SegmentExists(self._say(f"{name.key} exists"), name=name.key) from error
+        except FileNotFoundError as error:
+            raise TierUnavailable(self._say("no such bucket")) from error
         except (PermissionDeniedError, UnauthenticatedError, InvalidPathError) as error:
-            raise TierUnavailable(self._say(error)) from error
+            raise TierUnavailable(self._reason(error)) from error
         except (BaseError, OSError, TimeoutError) as error:
-            raise OutcomeUnknown(self._say(f"put: {error or 'timeout'}")) from error
-
-    async def _holds(self, name: SegmentName, payload: bytes) -> bool:
-        [found] = await self.get([Read(name, 0, len(payload))])
-        if isinstance(found, VswapError):
-            return False
-        return xxh3_64_intdigest(found) == xxh3_64_intdigest(payload)
+            # Even where the last attempt could not connect: an earlier one may have.
+            raise OutcomeUnknown(self._reason(error)) from error
 
     async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:
         return list(await asyncio.gather(*map(self._get, reads)))
@@ -105,9 +121,9 @@ class ObjectBackend(Backend):
         except FileNotFoundError:
             return PageLost(self._say(f"{key} is missing"))
         except (BaseError, OSError, TimeoutError) as error:
-            if "416" in str(error) or "range" in str(error).lower():
+            if _TOO_SHORT.search(str(error)):
                 return PageLost(self._say(f"{key} is too short"))
-            return TierUnavailable(self._say(error or "timeout"))
+            return TierUnavailable(self._reason(error))
         if len(data) != read.length:
             return PageLost(self._say(f"{key} is too short"))
         return memoryview(data)
@@ -122,7 +138,7 @@ class ObjectBackend(Backend):
             if len(names) > 1:
                 await asyncio.gather(*(self.delete([name]) for name in names))
         except (BaseError, OSError, TimeoutError) as error:
-            raise OutcomeUnknown(self._say(f"delete: {error or 'timeout'}")) from error
+            raise OutcomeUnknown(self._reason(error)) from error
 
     async def list(self, prefix: str) -> AsyncIterator[Listed]:
         try:
@@ -135,7 +151,7 @@ class ObjectBackend(Backend):
         except (BaseError, OSError) as error:
             if "NoSuchBucket" in str(error):
                 raise BackendRefused(self._say("no such bucket")) from error
-            raise TierUnavailable(self._say(error)) from error
+            raise TierUnavailable(self._reason(error)) from error
 
     async def usage(self) -> Usage:
         used = 0
@@ -161,10 +177,16 @@ def _make_store(spec: TierSpec) -> Any:
     secret = spec.password()
     if secret is not None and spec.scheme == "s3":
         options["secret_access_key"] = secret
+    if query.get("endpoint", "").startswith("http://") and "allow_http" not in client:
+        raise BadConfig(
+            f"tier {spec.name}: {spec.safe_url}: a plain http endpoint needs &allow_http=true",
+            key="url",
+        )
     url = urlunsplit(parts._replace(query=""))
     try:
         retry: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=spec.timeout_s)}
         make: Any = from_url
         return make(url, **options, client_options=client, retry_config=retry)
     except (BaseError, ValueError) as error:
-        raise BadConfig(f"tier {spec.name}: {spec.safe_url}: {error}", key="url") from error
+        line = str(error).partition("\n")[0]
+        raise BadConfig(f"tier {spec.name}: {spec.safe_url}: {line}", key="url") from error

@@ -117,7 +117,8 @@ class TierSpec(BaseModel):
 
 def redacted(url: str) -> str:
     """The URL without its password and without secrets in its query."""
-    url = re.sub(r"(://[^/?#@]*:)[^/?#@]*@", r"\1***@", url)
+    # Up to the last @: a password that was not percent-encoded may hold anything.
+    url = re.sub(r"(://[^/?#@]*:).*@", r"\1***@", url)
     return re.sub(
         r"([?&][^=&]*(?:secret|password|token|key)[^=&]*=)[^&]*", r"\1***", url, flags=re.I
     )

@@ -46,7 +46,10 @@ class FaultPlan(BaseModel):
         """Raises BadConfig, naming what is wrong."""
         try:
             pairs = [part.split("=", 1) for part in text.split(",") if part.strip()]
-            return cls.model_validate({key.strip(): value.strip() for key, value in pairs})
+            fields = {key.strip(): value.strip() for key, value in pairs}
+            if "delay_ms" in fields:
+                fields.setdefault("delay", "1")
+            return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
