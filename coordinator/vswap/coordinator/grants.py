@@ -85,16 +85,17 @@ def free_bytes(state: State, uuid: str, name: str) -> int:
 def is_empty(state: State, uuid: str, name: str, generation: int) -> bool:
     """Whether nothing of the shard is or can get into the tier that ``generation`` closed.
 
-    Either it acknowledged that generation and has reported nothing there since; or no grant of it
-    is left, which outlives a restart of ours and of the shard's stream.
+    Either it acknowledged that generation and has reported nothing there since; or it has no grant
+    there, which outlives a restart of ours.
     """
     hold = state.hold(uuid, name)
     if hold.granted == 0 and hold.held == 0:
         return True
     session = state.sessions.get(uuid)
-    if session is None or session.settled_generation < generation:
-        return False
-    return _nothing(session, name)
+    if session is None:
+        # Taken away by an earlier life of ours, which found the shard empty.
+        return hold.granted == 0 and state.shards[uuid].generation >= generation
+    return session.settled_generation >= generation and _nothing(session, name)
 
 
 def _nothing(session: Session, name: str) -> bool:

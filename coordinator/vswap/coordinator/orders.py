@@ -14,15 +14,13 @@ def send_due(turn: Turn, job: Job) -> None:
     """Sends what a node does not know yet. The rate is split over those that have work left."""
     state = turn.state
     sent = state.flight(job).sent
-    ready = [
-        uuid
-        for uuid, node in job.nodes.items()
-        if node.state != "done"
-        and state.connected(uuid)
-        and state.shards[uuid].generation >= job.generation
+    workers = [
+        uuid for uuid, node in job.nodes.items() if node.state != "done" and state.connected(uuid)
     ]
-    for uuid in ready:
-        message = directive(job, job.nodes[uuid], len(ready))
+    for uuid in workers:
+        if state.shards[uuid].generation < job.generation:
+            continue
+        message = directive(job, job.nodes[uuid], len(workers))
         if sent.get(uuid) != message:
             sent[uuid] = message
             turn.send(uuid, coordinator_pb2.CoordinatorMessage(directive=message))

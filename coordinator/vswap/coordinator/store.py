@@ -101,8 +101,6 @@ class Store:
 
     def _check(self, new_cluster: str) -> None:
         run = self._connection.execute
-        run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = FULL")
         if not run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             self._create(new_cluster)
         if run("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
@@ -118,9 +116,11 @@ class Store:
             )
         verdict = run("PRAGMA integrity_check(1)").fetchone()[0]
         if verdict != "ok":
-            raise StateInvalid(
-                f"{self.path} is damaged ({verdict}); {_WAY_OUT}", path=str(self.path)
-            )
+            what = verdict.splitlines()[-1]
+            raise StateInvalid(f"{self.path} is damaged ({what}); {_WAY_OUT}", path=str(self.path))
+        # Only now: it writes to the file, which might not have been ours.
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
 
     def _create(self, new_cluster: str) -> None:
         run = self._connection.execute
