@@ -165,7 +165,8 @@ class Directives:
         others = [t for t in self._tiers.ranked if t is not tier]
         slower = [t for t in others if t.spec.rank >= tier.spec.rank]
         faster = [t for t in reversed(others) if t.spec.rank < tier.spec.rank]
-        choose = self._choosers.first_fit(lambda: slower + faster, use_reserve=True)
+        # The others' reserve stays theirs: without it they could not be compacted afterwards.
+        choose = self._choosers.first_fit(lambda: slower + faster)
         await self._move(
             tier, self._evacuator.movable(tier), choose, slower + faster, progress, pacer
         )
@@ -187,7 +188,7 @@ class Directives:
             raise UnknownTier(
                 f"no tier named {directive.destination!r}", tier=directive.destination
             )
-        choose = self._choosers.first_fit(lambda: [target], use_reserve=False)
+        choose = self._choosers.first_fit(lambda: [target])
 
         def budget() -> int:
             staged = self._evacuator.promised[target.tag]
@@ -207,7 +208,7 @@ class Directives:
             return True
         if progress.moved.pages == before:
             # What is left may not go there (a space forbids it) or finds no room.
-            if target.room(evacuating=False) < target.backend.segment_bytes:
+            if target.room() < target.backend.segment_bytes:
                 raise OutOfTiers(f"tier {target.name} has no room", tier=target.name)
             return True
         return False
@@ -236,21 +237,22 @@ class Directives:
         for start in range(0, len(segments), _ROUND_SEGMENTS):
             part = segments[start : start + _ROUND_SEGMENTS]
             need = int(self._handles.live_bytes[part].sum())
-            await self._ready(targets, need)
+            await self._ready(targets, need, evacuating=targets == [tier])
             await self._evacuator.evacuate(
                 tier, part, choose, pacer=pacer, moved=progress.moved, until=until
             )
             if progress.moved.error is not None or (until is not None and until()):
                 return
 
-    async def _ready(self, targets: list[Tier], need_bytes: int) -> None:
+    async def _ready(self, targets: list[Tier], need_bytes: int, *, evacuating: bool) -> None:
         """Has grants for the first writable cluster target where nothing else has room."""
         for target in targets:
             self._grants.ahead(target, min(need_bytes, 64 * 2**20))
         for target in targets:
             if not target.writable:
                 continue
-            if target.room(evacuating=True) - self._evacuator.promised[target.tag] >= need_bytes:
+            room = target.room(evacuating=evacuating) - self._evacuator.promised[target.tag]
+            if room >= need_bytes:
                 return
             if await self._grants.want(target, need_bytes):
                 return
