@@ -8,6 +8,7 @@ cluster's last configuration), and one arena per RAM tier. All else is derived a
 from __future__ import annotations
 
 import asyncio
+import mmap
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ from vswap.node.spaces import Spaces, load_json, replace_json
 from vswap.node.sweep import Sweeper
 from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
-from vswap.tiers.ram import RamBackend
+from vswap.tiers.ram import RamBackend, block_size
 from vswap.tiers.spec import TierSpec
 from vswap.wire.errors import AlreadyExists, Refused, StateInvalid, VswapError
 
@@ -94,8 +95,11 @@ class Shard:
             self.handles = Handles(self._region, fresh=None)
             if self.handles.boot != boot_id():
                 logger.warning("the host was rebooted: its pages are gone, starting anew")
-                self.handles.close()
                 new = True
+            # A first start that never got as far as serving has no pages, and maybe half its files.
+            new = new or self.handles.incarnation == 0
+            if new:
+                self.handles.close()
         if new:
             self._erase()
             self.handles = Handles(self._region, fresh=(uuid4(), boot_id()))
@@ -226,6 +230,13 @@ class Shard:
         """
         if generation < self.generation:
             return
+        for spec, _ in tiers:
+            old = self.tiers.find(spec.name)
+            if old is not None and old.local:
+                raise AlreadyExists(
+                    f"tier {spec.name!r} of the cluster has the name of one of this node's own",
+                    name=spec.name,
+                )
         self.generation = generation
         wanted = {spec.name: (spec, state) for spec, state in tiers}
         for tier in [tier for tier in self.tiers if not tier.local]:
@@ -238,11 +249,6 @@ class Shard:
             old = self.tiers.find(spec.name)
             if old is None:
                 added.append(self._add_tier(spec, state, local=False))
-            elif old.local:
-                raise AlreadyExists(
-                    f"tier {spec.name!r} of the cluster has the name of one of this node's own",
-                    name=spec.name,
-                )
             else:
                 old.spec, old.state = spec, state
         self.tiers.sort()
@@ -276,9 +282,18 @@ class Shard:
     def _make_backend(self, spec: TierSpec, tag: int) -> Any:
         if spec.scheme != "ram":
             return self._seams.make_backend(spec)
-        name = f"tier-{tag}.arena"
-        open_ = self._region.open if self._region.exists(name) else self._region.create
-        return RamBackend(open_(name, spec.capacity_bytes), spec.capacity_bytes)
+        name, capacity = f"tier-{tag}.arena", spec.capacity_bytes
+        if not self._region.exists(name):
+            return RamBackend(self._region.create(name, capacity), capacity)
+        old = self._region.size(name)
+        if old - mmap.PAGESIZE >= capacity or block_size(old) != block_size(capacity):
+            # Rows name their blocks by number, which would now mean other bytes.
+            raise StateInvalid(
+                f"tier {spec.name} has pages in an arena of {old} bytes, which cannot become one "
+                f"of {capacity}: set capacity_bytes back, or start with --fresh and lose the pages",
+                tier=spec.name,
+            )
+        return RamBackend(self._region.open(name, capacity), capacity)
 
     async def _open_backend(self, tier: Tier) -> VswapError | None:
         try:

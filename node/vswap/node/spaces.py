@@ -84,7 +84,9 @@ class Spaces:
         self._by_name: dict[str, Space] = {}
         self.by_number: dict[int, Space] = {}
         self._next_number = 1
-        if not fresh:
+        if fresh:
+            self._save()
+        else:
             self._load()
 
     def __iter__(self) -> Iterator[Space]:

@@ -76,7 +76,9 @@ def _explain(error: ValidationError, sources: Mapping[str, str], file: Path | No
         where = source
     else:
         where = f"{source}: {path}" if path else source
-    what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        what = "unknown key"
     more = len(error.errors()) - 1
     note = f" (and {more} more)" if more else ""
     return BadConfig(f"{where}: {what}{note}", source=source, key=path)

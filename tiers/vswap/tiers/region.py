@@ -119,6 +119,9 @@ class Region:
     def exists(self, name: str) -> bool:
         return (self.directory / name).exists()
 
+    def size(self, name: str) -> int:
+        return (self.directory / name).stat().st_size
+
     def free_bytes(self) -> int:
         stat = os.statvfs(self.directory)
         return stat.f_bavail * stat.f_frsize
