@@ -159,7 +159,12 @@ def confirm(space: str, token: int) -> Call[int]:
 
 def free(space: str, slots: Slots) -> Call[int]:
     array = slot_array(slots)
-    _check_batch(len(array), array.itemsize)
+    if len(array) > rpc.MAX_FREE_SLOTS:
+        raise BatchTooLarge(
+            f"{len(array)} slots to free; one batch holds {rpc.MAX_FREE_SLOTS}",
+            limit=rpc.MAX_FREE_SLOTS,
+            got=len(array),
+        )
     request = node_pb2.FreeRequest(space=space, slots=array.tobytes())
     return Call("Pages", "Free", request, lambda reply: int(reply.freed), tagged=True)
 

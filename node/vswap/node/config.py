@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    StringConstraints,
+    model_validator,
+)
 
-from vswap.node.spaces import DEFAULT_MAX_SLOTS, MIN_PAGE_BYTES, Limits
-from vswap.tiers.spec import TierSpec
+from vswap.node.spaces import DEFAULT_MAX_SLOTS, MIN_PAGE_BYTES, Limits, check_name, check_shape
+from vswap.tiers.spec import TierName, TierSpec
 from vswap.wire import settings
+from vswap.wire.errors import InvalidRequest
+from vswap.wire.listen import check_address
 
 _VARIABLES = {
     "VSWAP_NODE_NAME": "name",
@@ -28,17 +38,42 @@ _VARIABLES = {
 }
 
 
+def _valid(check: Callable[[Any], Any]) -> AfterValidator:
+    """A check of ours as one of pydantic's, which adds the key."""
+
+    def validate(value: Any) -> Any:
+        try:
+            if value:
+                check(value)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+        return value
+
+    return AfterValidator(validate)
+
+
+Address = Annotated[str, _valid(check_address)]
+
+
 class SpaceConfig(BaseModel):
     """A space that exists from the start."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[str, _valid(check_name)] = Field(min_length=1)
     page_bytes: int = MIN_PAGE_BYTES
     max_slots: int = DEFAULT_MAX_SLOTS
-    quota_bytes: int = Field(default=0, ge=0)
-    tiers: tuple[str, ...] = ()
-    tier_max_bytes: dict[str, int] = {}
+    quota_bytes: NonNegativeInt = 0
+    tiers: tuple[TierName, ...] = ()
+    tier_max_bytes: dict[TierName, NonNegativeInt] = {}
+
+    @model_validator(mode="after")
+    def _shape(self) -> SpaceConfig:
+        try:
+            check_shape(self.page_bytes, self.max_slots)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+        return self
 
     @property
     def limits(self) -> Limits:
@@ -55,17 +90,17 @@ class NodeConfig(BaseModel):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = Field(
         default_factory=lambda: socket.gethostname().split(".")[0] or "node"
     )
-    listen: str = "127.0.0.1:7171"
-    advertise: str = ""
+    listen: Address = "127.0.0.1:7171"
+    advertise: Address = ""
     """Address that the coordinator tells to clients; default: where the node listens."""
-    coordinator: str = ""
+    coordinator: Address = ""
     """Empty: the node works alone."""
     state_dir: str = ""
     """Default: ``$XDG_RUNTIME_DIR/vswap/NAME``, else ``/dev/shm/vswap-UID/NAME``."""
     insecure: bool = False
     fresh: bool = False
     threads: int = Field(default_factory=lambda: min(len(os.sched_getaffinity(0)), 8), ge=1, le=64)
-    exclusive_timeout_s: float = Field(default=60.0, gt=0)
+    exclusive_timeout_s: float = Field(default=60.0, gt=0, le=86400)
     inflight_bytes: int = Field(default=64 * 2**20, ge=2**20)
     """Page bytes of requests under way; further ones wait."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
@@ -84,6 +119,12 @@ class NodeConfig(BaseModel):
         for tier in self.tiers:
             if tier.scheme == "ram" and not tier.capacity_bytes:
                 raise ValueError(f"tier {tier.name!r}: a RAM tier needs capacity_bytes")
+        known = {tier.name for tier in self.tiers}
+        for space in self.spaces:
+            unknown = {*space.tiers, *space.tier_max_bytes} - known
+            # With a coordinator they may be the cluster's, which we do not know yet.
+            if unknown and not self.coordinator:
+                raise ValueError(f"space {space.name!r}: no tier named {min(unknown)!r}")
         return self
 
 

@@ -24,7 +24,23 @@ MIN_PAGE_BYTES = 4096
 MAX_PAGE_BYTES = 65536
 FILE = "spaces.json"
 VERSION = 1
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidRequest for a name that no space can have."""
+    if not _NAME.match(name):
+        raise InvalidRequest(f"space name {name!r}: letters, digits, . _ - (at most 64)")
+
+
+def check_shape(page_bytes: int, max_slots: int) -> None:
+    """Raises InvalidRequest."""
+    if page_bytes & (page_bytes - 1) or not MIN_PAGE_BYTES <= page_bytes <= MAX_PAGE_BYTES:
+        raise InvalidRequest(
+            f"page size {page_bytes}: a power of two from {MIN_PAGE_BYTES} to {MAX_PAGE_BYTES}"
+        )
+    if not 0 < max_slots <= MAX_SLOTS:
+        raise InvalidRequest(f"maximum of {max_slots} slots: 1 to {MAX_SLOTS}")
 
 
 class Limits(BaseModel):
@@ -115,14 +131,8 @@ class Spaces:
         ``exist_ok`` returns an existing one of the same page size and maximum. Raises
         InvalidRequest or AlreadyExists.
         """
-        if not _NAME.match(name):
-            raise InvalidRequest(f"space name {name!r}: letters, digits, . _ - (at most 64)")
-        if page_bytes & (page_bytes - 1) or not MIN_PAGE_BYTES <= page_bytes <= MAX_PAGE_BYTES:
-            raise InvalidRequest(
-                f"page size {page_bytes}: a power of two from {MIN_PAGE_BYTES} to {MAX_PAGE_BYTES}"
-            )
-        if not 0 < max_slots <= MAX_SLOTS:
-            raise InvalidRequest(f"maximum of {max_slots} slots: 1 to {MAX_SLOTS}")
+        check_name(name)
+        check_shape(page_bytes, max_slots)
         old = self._by_name.get(name)
         if old is not None:
             if exist_ok and (old.page_bytes, old.max_slots) == (page_bytes, max_slots):

@@ -20,6 +20,9 @@ METADATA_KEY = "vswap-error-bin"
 MAX_BATCH_BYTES = 8 * 2**20
 """Most page bytes in one batch of the Pages service; more is refused with BatchTooLarge."""
 
+MAX_FREE_SLOTS = 16384
+"""Most slots in one free, which a node carries out in one turn of its loop (10 ms)."""
+
 MAX_MESSAGE_BYTES = 4 * MAX_BATCH_BYTES
 """gRPC's own limit lies higher, so that a batch somewhat too large gets our error, not gRPC's."""
 

@@ -14,25 +14,39 @@ from vswap.node.tags import Tags
 from vswap.tiers.record import U8, U64
 from vswap.v1 import node_pb2, node_pb2_grpc
 from vswap.wire.aio import Context, served
-from vswap.wire.errors import BatchTooLarge, DuplicateSlots, InvalidRequest, PageSizeMismatch
-from vswap.wire.rpc import MAX_BATCH_BYTES
+from vswap.wire.errors import (
+    BatchTooLarge,
+    DuplicateSlots,
+    InvalidRequest,
+    PageSizeMismatch,
+    Unreachable,
+)
+from vswap.wire.rpc import MAX_BATCH_BYTES, MAX_FREE_SLOTS
+
+_WAITING_SHARE = 4
 
 
 class PagesService(node_pb2_grpc.PagesServicer):
     """Validates, then hands numpy views of the message to the pager; no copy on the way in.
 
-    ``inflight_bytes`` bounds the page bytes of all calls under way: further calls wait.
+    ``inflight_bytes`` bounds the page bytes of all calls under way. Further calls wait, and once
+    the stores that wait hold four times as much, more are refused with Unreachable.
+
+    A tag is admitted first, so that any answer, an error too, tells the client that its earlier
+    requests are fenced; and again after the wait, in the turn in which the pager takes the request.
     """
 
     def __init__(self, shard: Shard, *, inflight_bytes: int) -> None:
         self._shard = shard
         self._tags = Tags()
-        self._room = Room(max(inflight_bytes, MAX_BATCH_BYTES))
+        limit_bytes = max(inflight_bytes, MAX_BATCH_BYTES)
+        self._room = Room(limit_bytes, _WAITING_SHARE * limit_bytes)
 
     @served
     async def Store(  # noqa: N802
         self, request: node_pb2.StoreRequest, context: Context
     ) -> node_pb2.StoreReply:
+        self._tags.admit(request.tag)
         space = self._shard.spaces.get(request.space)
         slots = _slots(request.slots)
         _check_batch(space, slots)
@@ -44,7 +58,7 @@ class PagesService(node_pb2_grpc.PagesServicer):
                 expected=len(slots) * space.page_bytes, got=len(request.pages),
             )  # fmt: skip
         pages: U8 = np.frombuffer(request.pages, np.uint8).reshape(-1, space.page_bytes)
-        async with self._room.take(len(request.pages)):
+        async with self._room.take(len(request.pages), held_bytes=len(request.pages)):
             self._tags.admit(request.tag)
             await self._shard.pager.store(space, slots, pages)
         return node_pb2.StoreReply()
@@ -53,6 +67,7 @@ class PagesService(node_pb2_grpc.PagesServicer):
     async def Load(  # noqa: N802
         self, request: node_pb2.LoadRequest, context: Context
     ) -> node_pb2.LoadReply:
+        self._tags.admit(request.tag)
         space = self._shard.spaces.get(request.space)
         slots = _slots(request.slots)
         _check_batch(space, slots)
@@ -70,18 +85,23 @@ class PagesService(node_pb2_grpc.PagesServicer):
     async def Confirm(  # noqa: N802
         self, request: node_pb2.ConfirmRequest, context: Context
     ) -> node_pb2.ConfirmReply:
-        space = self._shard.spaces.get(request.space)
         self._tags.admit(request.tag)
+        space = self._shard.spaces.get(request.space)
         return node_pb2.ConfirmReply(freed=await self._shard.pager.confirm(space, request.token))
 
     @served
     async def Free(  # noqa: N802
         self, request: node_pb2.FreeRequest, context: Context
     ) -> node_pb2.FreeReply:
+        self._tags.admit(request.tag)
         space = self._shard.spaces.get(request.space)
         slots = _slots(request.slots)
+        if len(slots) > MAX_FREE_SLOTS:
+            raise BatchTooLarge(
+                f"{len(slots)} slots to free at once; the limit is {MAX_FREE_SLOTS}",
+                got=len(slots), limit=MAX_FREE_SLOTS,
+            )  # fmt: skip
         _check_distinct(space, slots)
-        self._tags.admit(request.tag)
         return node_pb2.FreeReply(freed=await self._shard.pager.free(space, slots))
 
     @served
@@ -96,18 +116,29 @@ class PagesService(node_pb2_grpc.PagesServicer):
 class Room:
     """A bound on bytes in flight. Fair: who waits longest goes first."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, waiting_bytes: int) -> None:
         self._free = limit_bytes
+        self._waiting_free = waiting_bytes
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
 
     @asynccontextmanager
-    async def take(self, amount_bytes: int) -> AsyncIterator[None]:
-        async with self._turn:
-            while self._free < amount_bytes:
-                self._freed.clear()
-                await self._freed.wait()
-            self._free -= amount_bytes
+    async def take(self, amount_bytes: int, *, held_bytes: int = 0) -> AsyncIterator[None]:
+        """Waits for room; ``held_bytes`` of memory are taken up meanwhile.
+
+        Raises Unreachable where those who wait hold too much already.
+        """
+        if held_bytes > self._waiting_free:
+            raise Unreachable("the node is overloaded: too many stores wait already; try again")
+        self._waiting_free -= held_bytes
+        try:
+            async with self._turn:
+                while self._free < amount_bytes:
+                    self._freed.clear()
+                    await self._freed.wait()
+                self._free -= amount_bytes
+        finally:
+            self._waiting_free += held_bytes
         try:
             yield
         finally:
@@ -133,10 +164,11 @@ def _check_batch(space: Space, slots: U64) -> None:
 
 
 def _check_distinct(space: Space, slots: U64) -> None:
-    distinct, counts = np.unique(slots, return_counts=True)
-    if len(distinct) != len(slots):
+    # A set of Python integers is cheaper than numpy's sort, up to far beyond the batch limit.
+    if len(set(slots.tolist())) != len(slots):
+        distinct, counts = np.unique(slots, return_counts=True)
         twice = distinct[counts > 1]
         raise DuplicateSlots(
-            f"slot {int(twice[0])} occurs {int(counts.max())} times in one batch",
+            f"slot {int(twice[0])} occurs more than once in a batch",
             space=space.name, slots=twice.tolist(),
         )  # fmt: skip
