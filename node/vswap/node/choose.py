@@ -31,7 +31,6 @@ class Choosers:
         self,
         candidates: Callable[[], Sequence[Tier]],
         *,
-        use_reserve: bool,
         second_chance: bool = False,
     ) -> Chooser:
         """The first candidate that may and can take the record; else it stays.
@@ -42,7 +41,7 @@ class Choosers:
         def choose(tier: Tier, records: Records) -> U8:
             targets = np.zeros(len(records), np.uint8)
             open_ = np.ones(len(records), np.bool_)
-            if second_chance and tier.room(evacuating=True) > 2 * tier.backend.segment_bytes:
+            if second_chance and tier.room(compacting=True) > 2 * tier.backend.segment_bytes:
                 hot = self._hot(records)
                 targets[hot] = tier.tag
                 open_ &= ~hot
@@ -51,7 +50,10 @@ class Choosers:
                     break
                 if target is tier or not target.writable:
                     continue
-                room = target.room(evacuating=use_reserve) - self._evacuator.promised[target.tag]
+                room = target.room() - self._evacuator.promised[target.tag]
+                if room < target.backend.segment_bytes:
+                    # Less than a segment is not worth asking for, and may be gone by the write.
+                    continue
                 fits = self._fits(target, records, open_, room)
                 targets[fits] = target.tag
                 open_ &= ~fits

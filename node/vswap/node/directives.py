@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import structlog
 
 from vswap.node.choose import Choosers
 from vswap.node.evacuator import Chooser, Evacuator, Moved
@@ -28,6 +29,9 @@ from vswap.wire.errors import OutOfTiers, UnknownTier, VswapError
 
 _RETRY_S = 0.5
 _ROUND_SEGMENTS = 48
+
+
+logger = structlog.get_logger("vswap.node.directives")
 
 
 class MoveKind(enum.IntEnum):
@@ -108,7 +112,15 @@ class Directives:
         progress.state, progress.reason = "running", ""
         self._directives[directive.job_id] = directive
         task = asyncio.create_task(self._run(directive, progress))
+        task.add_done_callback(lambda ended: self._ended(ended, progress))
         self._tasks[directive.job_id] = task
+
+    def _ended(self, task: asyncio.Task[None], progress: Progress) -> None:
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.error("a directive failed unexpectedly", exc_info=task.exception())
+        progress.state, progress.reason = "failed", f"internal error: {task.exception()}"
+        self.changed()
 
     def stop(self, job_id: str) -> None:
         """Ends a directive; what moved stays moved. Unknown ids are ignored."""
@@ -237,21 +249,21 @@ class Directives:
         for start in range(0, len(segments), _ROUND_SEGMENTS):
             part = segments[start : start + _ROUND_SEGMENTS]
             need = int(self._handles.live_bytes[part].sum())
-            await self._ready(targets, need, evacuating=targets == [tier])
+            await self._ready(targets, need, compacting=targets == [tier])
             await self._evacuator.evacuate(
                 tier, part, choose, pacer=pacer, moved=progress.moved, until=until
             )
             if progress.moved.error is not None or (until is not None and until()):
                 return
 
-    async def _ready(self, targets: list[Tier], need_bytes: int, *, evacuating: bool) -> None:
+    async def _ready(self, targets: list[Tier], need_bytes: int, *, compacting: bool) -> None:
         """Has grants for the first writable cluster target where nothing else has room."""
         for target in targets:
             self._grants.ahead(target, min(need_bytes, 64 * 2**20))
         for target in targets:
             if not target.writable:
                 continue
-            room = target.room(evacuating=evacuating) - self._evacuator.promised[target.tag]
+            room = target.room(compacting=compacting) - self._evacuator.promised[target.tag]
             if room >= need_bytes:
                 return
             if await self._grants.want(target, need_bytes):

@@ -85,6 +85,7 @@ class _Piece:
 class _Run:
     """One call of :meth:`Evacuator.evacuate`."""
 
+    source: Tier
     moved: Moved
     staged: defaultdict[int, list[_Piece]] = field(default_factory=lambda: defaultdict(list))
     staged_bytes: Counter[int] = field(default_factory=Counter)
@@ -141,7 +142,7 @@ class Evacuator:
         progress. Cancelling it is safe at any await.
         """
         pace = pacer or Unpaced()
-        run = _Run(moved if moved is not None else Moved())
+        run = _Run(tier, moved if moved is not None else Moved())
         run.moved.error = None
         queue = [h for h in segments if h not in self._busy]
         try:
@@ -324,7 +325,8 @@ class Evacuator:
         target = self._tiers.by_tag(tag)
         try:
             parts = [await self._codecs.transcode(p.records, target.codec) for p in pieces]
-            placed = await self._tiers.segment_log(target).place(parts, evacuating=True)
+            log = self._tiers.segment_log(target)
+            placed = await log.place(parts, compacting=target is run.source)
             start = 0
             for part, piece in zip(parts, pieces, strict=True):
                 end = start + len(part)

@@ -64,7 +64,7 @@ class Grants:
         self.ahead(tier, need_bytes)
         try:
             async with asyncio.timeout(_WAIT_S):
-                while tier.room(evacuating=False) < need_bytes + 4096:
+                while tier.room() < need_bytes + 4096:
                     if tier.name not in self._asked:
                         return False
                     await tier.room_changed.wait()

@@ -134,11 +134,12 @@ class SegmentLog:
     def is_head(self, handle: int) -> bool:
         return False
 
-    async def place(self, parts: Sequence[Records], *, evacuating: bool) -> Placed:
+    async def place(self, parts: Sequence[Records], *, compacting: bool) -> Placed:
         """Seals records into as few segments as hold them and waits for the backend's ack.
 
-        Raises OutOfTiers (no room or grant; nothing was written), TierUnavailable or
-        OutcomeUnknown (what was written is deleted in the background).
+        ``compacting``: the records come from this same tier, so its reserve may be used. Raises
+        OutOfTiers (no room or grant; nothing was written), TierUnavailable or OutcomeUnknown (what
+        was written is deleted in the background).
         """
         room = self._tier.segment_bytes
         segments = [parts]
@@ -147,10 +148,10 @@ class SegmentLog:
             runs = cut(records.cost, room, room)
             segments = [[records.take(run)] for run in runs if run.stop > run.start]
         need = sum(map(segment_size, segments))
-        if need > self._tier.room(evacuating=evacuating):
+        if need > self._tier.room(compacting=compacting):
             raise OutOfTiers(
                 f"tier {self._tier.name} has no room for {need} bytes", tier=self._tier.name,
-                need=need, room=self._tier.room(evacuating=evacuating),
+                need=need, room=self._tier.room(compacting=compacting),
             )  # fmt: skip
         self._tier.writing += 1
         try:

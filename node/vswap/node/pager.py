@@ -210,7 +210,7 @@ class Pager:
                 try:
                     self._check_limits(space, slots, need, tier)
                     log = self._tiers.segment_log(tier)
-                    return tier, await log.place([records], evacuating=False)
+                    return tier, await log.place([records], compacting=False)
                 except SpaceFull as error:
                     refused = error
                     break

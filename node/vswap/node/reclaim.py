@@ -97,7 +97,7 @@ class Reclaim:
     def _has_room(self, tier: Tier, need_bytes: int) -> bool:
         assert tier.ram is not None
         blocks = -(-need_bytes // (tier.ram.block_bytes - 65536))
-        return tier.room(evacuating=False) >= blocks * tier.ram.block_bytes
+        return tier.room() >= blocks * tier.ram.block_bytes
 
     def _start(self, tier: Tier) -> asyncio.Task[int]:
         task = asyncio.create_task(self._clean(tier), name=f"reclaim {tier.name}")
@@ -143,9 +143,7 @@ class Reclaim:
                     return moved
             return Moved()
         self.counters["demotions"] += 1
-        choose = self._choosers.first_fit(
-            lambda: self._tiers.slower(tier), use_reserve=False, second_chance=True
-        )
+        choose = self._choosers.first_fit(lambda: self._tiers.slower(tier), second_chance=True)
         return await self._evacuator.evacuate(tier, segments[:_ROUND_SEGMENTS].tolist(), choose)
 
     async def _any_room(self, targets: list[Tier]) -> bool:
@@ -157,7 +155,7 @@ class Reclaim:
         return False
 
     def _free(self, tier: Tier) -> int:
-        return tier.room(evacuating=False) - self._evacuator.promised[tier.tag]
+        return tier.room() - self._evacuator.promised[tier.tag]
 
     async def _compact(self, tier: Tier) -> Moved | None:
         """Rewrites the worst segments of a tier in place; None where none is worth it."""

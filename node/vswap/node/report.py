@@ -87,5 +87,5 @@ def usable(tiers: Tiers, ledger: Ledger) -> tuple[int, int]:
             continue
         ratio = logical / live if live else (1.0 if tier.codec.is_none else overall)
         # Dead bytes in stored segments are room too: compaction makes it.
-        free += int((tier.room(evacuating=False) + max(tier.stored_bytes - live, 0)) * ratio)
+        free += int((tier.room() + max(tier.stored_bytes - live, 0)) * ratio)
     return free, free + used

@@ -97,12 +97,13 @@ class Tier:
 
     @property
     def reserve_bytes(self) -> int:
-        """Room that only the evacuator may use: 2 %, at least two segments."""
+        """Room that only compaction may use, so that a full tier can be cleaned: 2 %, at least
+        two segments."""
         return max(int(self.limit_bytes * _RESERVE_SHARE), 2 * self.backend.segment_bytes)
 
-    def room(self, *, evacuating: bool) -> int:
+    def room(self, *, compacting: bool = False) -> int:
         """Bytes that may still be stored (RAM: in whole blocks)."""
-        reserve = 0 if evacuating else self.reserve_bytes
+        reserve = 0 if compacting else self.reserve_bytes
         return max(self.limit_bytes - self.stored_bytes - reserve, 0)
 
     @property
