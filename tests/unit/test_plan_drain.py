@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from plans import CLUSTER, MIB, Node, World
+from plans import CLUSTER, MIB, Node, World, state_of
 
 from vswap.coordinator import assess, views
 from vswap.coordinator.events import (
@@ -44,8 +44,8 @@ def node(world: World) -> Node:
 
 def test_a_drain_from_start_to_end(world: World, node: Node) -> None:
     job = world.start(DRAIN, "a")
-    assert world.state.tiers["a"].state is TierState.DRAINING
-    assert job.state is JobState.RUNNING
+    assert world.state.tier("a").state is TierState.DRAINING
+    assert state_of(job) is JobState.RUNNING
     assert job.bytes_total == 30 * MIB
     assert node.generation == job.generation
     world.now_s += 1
@@ -61,9 +61,9 @@ def test_a_drain_from_start_to_end(world: World, node: Node) -> None:
     [asked] = world.asked
     assert isinstance(asked, ListBackend)
     assert asked.prefix == f"vswap/{CLUSTER}/"
-    assert job.state is JobState.RUNNING
+    assert state_of(job) is JobState.RUNNING
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE
     assert world.state.tiers["a"].state is TierState.DRAINED
     assert node.directives == {}
     assert job.bytes_total == 30 * MIB
@@ -162,7 +162,7 @@ def test_a_drain_keeps_its_room_from_others(world: World, node: Node) -> None:
 def test_a_dry_run_changes_nothing(world: World, node: Node) -> None:
     disk, generation = dict(world.disk), world.state.generation
     job = assess.plan(world.state, StartJob("d", DRAIN, "a"))
-    assert job.state is JobState.PLANNED
+    assert state_of(job) is JobState.PLANNED
     assert job.room_bytes == {"b": 98 * MIB}
     assert job.bytes_total == 30 * MIB
     assert (world.disk, world.state.generation) == (disk, generation)
@@ -189,7 +189,7 @@ def test_cancel_leaves_the_tier_active(world: World, node: Node) -> None:
     node.work(job.id, 10 * MIB, to="b")
     generation = world.state.generation
     world.step(CancelJob(job.id))
-    assert job.state is JobState.CANCELLED
+    assert state_of(job) is JobState.CANCELLED
     assert world.state.tiers["a"].state is TierState.ACTIVE
     assert world.state.generation == generation + 1
     node.settle()
@@ -203,7 +203,7 @@ def test_a_failure_leaves_the_tier_active(world: World, node: Node) -> None:
     job = world.start(DRAIN, "a")
     node.progress[job.id].reason = "the tier is haunted"
     node.work(job.id, 0, state="failed")
-    assert job.state is JobState.FAILED
+    assert state_of(job) is JobState.FAILED
     assert "n1: the tier is haunted" in job.reason
     assert world.state.tiers["a"].state is TierState.ACTIVE
 
@@ -213,19 +213,19 @@ def test_an_absent_node_keeps_the_job_open_and_is_named(world: World, node: Node
     other.fill("a", 5 * MIB)
     other.disconnect()
     job = world.start(DRAIN, "a")
-    assert job.state is JobState.RUNNING
+    assert state_of(job) is JobState.RUNNING
     assert "n2 is absent" in job.reason
     node.work(job.id, 30 * MIB, to="b", state="done")
-    assert job.state is JobState.BLOCKED
+    assert state_of(job) is JobState.BLOCKED
     assert "n2 is absent" in job.reason
     assert world.asked == []
     shown = views.job(world.state, job, Now(world.now_s, 1e9))
     assert {part.node: part.state for part in shown.nodes} == {"n1": "done", "n2": "absent"}
     other.connect()
-    assert job.state is JobState.RUNNING
+    assert state_of(job) is JobState.RUNNING
     other.work(job.id, 5 * MIB, to="b", state="done")
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE
 
 
 def test_an_absent_node_with_nothing_there_is_not_in_the_way(world: World, node: Node) -> None:
@@ -233,7 +233,7 @@ def test_an_absent_node_with_nothing_there_is_not_in_the_way(world: World, node:
     job = world.start(DRAIN, "a")
     node.work(job.id, 30 * MIB, to="b", state="done")
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE
 
 
 def test_forgetting_the_absent_node_lets_the_drain_end(world: World, node: Node) -> None:
@@ -243,24 +243,24 @@ def test_forgetting_the_absent_node_lets_the_drain_end(world: World, node: Node)
     job = world.start(DRAIN, "a")
     node.work(job.id, 30 * MIB, to="b", state="done")
     world.step(ForgetNode("n2"))
-    assert job.state is JobState.BLOCKED
+    assert state_of(job) is JobState.BLOCKED
     assert "forgotten n2" in job.reason
     assert len(world.asked) == 2
     world.answer()
     world.answer()
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE
 
 
 def test_a_waiting_node_blocks_with_its_reason(world: World, node: Node) -> None:
     job = world.start(DRAIN, "a")
     node.progress[job.id].reason = "no other tier has room"
     node.work(job.id, 0, state="waiting")
-    assert job.state is JobState.BLOCKED
+    assert state_of(job) is JobState.BLOCKED
     assert job.reason == "n1 waits: no other tier has room"
     node.progress[job.id].reason = ""
     node.work(job.id, MIB, to="b")
-    assert job.state is JobState.RUNNING
+    assert state_of(job) is JobState.RUNNING
     assert job.reason == ""
 
 
@@ -270,7 +270,7 @@ def test_leftovers_on_the_backend_block_and_make_the_node_look_again(
     job = world.start(DRAIN, "a")
     node.work(job.id, 30 * MIB, to="b", state="done")
     world.answer(Found(f"vswap/{CLUSTER}/{node.uuid}/", 2, 99))
-    assert job.state is JobState.BLOCKED
+    assert state_of(job) is JobState.BLOCKED
     assert "2 segments of n1" in job.reason
     assert node.progress[job.id].state == "running"
     world.tick(3)
@@ -278,7 +278,7 @@ def test_leftovers_on_the_backend_block_and_make_the_node_look_again(
     assert "vswap node forget 00000000-0000-0000-0000-00000000000b" in job.reason
     world.tick(3)
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE
     assert job.bytes_total == 30 * MIB
 
 
@@ -286,12 +286,12 @@ def test_an_unreachable_backend_blocks_and_is_asked_again(world: World, node: No
     job = world.start(DRAIN, "a")
     node.work(job.id, 30 * MIB, to="b", state="done")
     world.answer(error=TierUnavailable("connection refused"))
-    assert job.state is JobState.BLOCKED
+    assert state_of(job) is JobState.BLOCKED
     assert "cannot list a: connection refused" in job.reason
     assert world.asked == []
     world.tick(2)
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE
 
 
 def test_a_restart_of_the_coordinator_resumes(world: World, node: Node) -> None:
@@ -310,7 +310,7 @@ def test_a_restart_of_the_coordinator_resumes(world: World, node: Node) -> None:
     node.connect()
     node.work(job_id, 20 * MIB, to="b", state="done")
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE
     shown = views.job(world.state, job, Now(world.now_s, 1e9))
     assert shown.bytes_moved == 35 * MIB
 
@@ -375,4 +375,4 @@ def test_the_rate_is_split_over_those_that_work(world: World, node: Node) -> Non
 def test_a_drain_of_an_empty_tier_ends_at_once(world: World) -> None:
     job = world.start(DRAIN, "b")
     world.answer()
-    assert job.state is JobState.DONE
+    assert state_of(job) is JobState.DONE

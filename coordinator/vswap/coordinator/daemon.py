@@ -30,8 +30,8 @@ from vswap.tiers.backend import Backend
 from vswap.tiers.factory import make_backend
 from vswap.tiers.spec import TierSpec
 from vswap.v1 import coordinator_pb2, coordinator_pb2_grpc
-from vswap.wire.errors import BadConfig, TierUnavailable, VswapError
-from vswap.wire.listen import StateDirectory, check_listen
+from vswap.wire.errors import TierUnavailable, VswapError
+from vswap.wire.listen import StateDirectory, bind, check_listen
 from vswap.wire.rpc import CHANNEL_OPTIONS
 
 __all__ = ["Coordinator", "CoordinatorConfig", "load_config", "run"]
@@ -151,7 +151,6 @@ class Coordinator:
                 return
 
     async def _listen(self) -> str:
-        listen = self._config.listen
         options = [*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
         server = self._server = grpc.aio.server(options=options)
         coordinator_pb2_grpc.add_NodeLinkServicer_to_server(NodeLinkService(self.runner), server)
@@ -163,12 +162,9 @@ class Coordinator:
         for name in ("", *names):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-        try:
-            port = server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise BadConfig(f"cannot listen on {listen}: it is taken", key="listen") from error
+        address = bind(server, self._config.listen)
         await server.start()
-        return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        return address
 
 
 def _stop_signal() -> asyncio.Event:

@@ -36,7 +36,9 @@ def judge(turn: Turn, job: Job) -> JobState:
             for uuid in in_the_way
             if uuid not in absent and job.nodes[uuid].state == "waiting"
         }
-        job.reason = obstacles(state, absent, waiting)
+        job.reason = "; ".join(
+            filter(None, [obstacles(state, absent, waiting), _unsettled(state, job, in_the_way)])
+        )
         working = len(in_the_way) > len(absent) + len(waiting)
         return JobState.RUNNING if working else JobState.BLOCKED
     buried = sorted(state.name(uuid) for uuid, name in state.sweeps if name == job.tier)
@@ -94,6 +96,16 @@ def obstacles(state: State, absent: Sequence[str], waiting: Mapping[str, JobNode
         reasons.append(f"{names} {verb} pages there")
     reasons += [f"{state.name(uuid)} waits: {node.reason}" for uuid, node in waiting.items()]
     return "; ".join(reasons)
+
+
+def _unsettled(state: State, job: Job, in_the_way: Sequence[str]) -> str:
+    """Who has not yet taken the tier out of use."""
+    names = sorted(
+        state.name(uuid)
+        for uuid in in_the_way
+        if state.connected(uuid) and state.shards[uuid].generation < job.generation
+    )
+    return f"{', '.join(names)} still settles writes to the tier" if names else ""
 
 
 def _empty(turn: Turn, job: Job, shard: Shard) -> bool:
