@@ -5,16 +5,23 @@ To bring a new backend under the contract, add it to ``MAKERS``.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import queue
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
+import trustme
 
 from vswap.cli.embedded import EmbeddedRedis, free_port
 from vswap.tiers.backend import Backend
@@ -32,6 +39,50 @@ MIB = 2**20
 def redis_server() -> Iterator[EmbeddedRedis]:
     with EmbeddedRedis(maxmemory_bytes=256 * MIB) as server:
         yield server
+
+
+@dataclass
+class Tls:
+    port: int
+    ca_file: Path
+
+
+@pytest.fixture(scope="session")
+def tls_redis(
+    redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Tls]:
+    """TLS in front of the Redis server, the way stunnel does it: wheels come without TLS."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    ca_file = tmp_path_factory.mktemp("tls") / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_file))
+    ready: queue.Queue[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = queue.Queue()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind, ahead = await asyncio.open_unix_connection(redis_server.unix_path)
+        await asyncio.gather(pump(reader, ahead), pump(behind, writer))
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        stop = asyncio.Event()
+        ready.put((server.sockets[0].getsockname()[1], asyncio.get_running_loop(), stop))
+        await stop.wait()
+        server.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    port, loop, stop = ready.get(timeout=10)
+    yield Tls(port, ca_file)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join()
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +120,7 @@ def make_bucket(endpoint: str) -> str:
 
 
 MAKERS = (
-    "ram", "redis", "redis+unix", "file", "memory", "s3", "metered", "faulty",
+    "ram", "redis", "redis+unix", "rediss", "file", "memory", "s3", "metered", "faulty",
 )  # fmt: skip
 
 
@@ -82,6 +133,9 @@ def spec_for(
             monkeypatch.setitem(os.environ, "AWS_ACCESS_KEY_ID", "test")
             monkeypatch.setitem(os.environ, "AWS_SECRET_ACCESS_KEY", "test")
             url = make_bucket(request.getfixturevalue("s3_server"))
+        elif kind == "rediss":
+            tls = request.getfixturevalue("tls_redis")
+            url = f"rediss://127.0.0.1:{tls.port}?ssl_ca_certs={tls.ca_file}"
         elif kind.startswith("redis"):
             server = request.getfixturevalue("redis_server")
             url = server.url if kind == "redis" else server.unix_url

@@ -85,6 +85,55 @@ async def test_lists_by_prefix_with_lengths(backend: Backend) -> None:
     assert {name.key for name in [*mine, *theirs, *strangers]} <= every
 
 
+async def test_calls_on_one_backend_run_side_by_side(backend: Backend) -> None:
+    """Puts, reads, listings and deletes of several tasks at once do not see each other's data."""
+    cluster = uuid4()
+
+    async def churn(seed: int) -> None:
+        some = names(10, cluster)
+        for name in some:
+            data = content(name, 3000 + seed)
+            await backend.put(name, data)
+            whole, part = await backend.get([Read(name, 0, len(data)), Read(name, seed, 50)])
+            assert not isinstance(whole, Exception)
+            assert not isinstance(part, Exception)
+            assert bytes(whole) == data
+            assert bytes(part) == data[seed : seed + 50]
+        keys = [item.key async for item in backend.list(prefix(cluster, some[0].shard))]
+        assert sorted(keys) == [name.key for name in some]
+        await backend.delete(some[:5])
+        keys = [item.key async for item in backend.list(prefix(cluster, some[0].shard))]
+        assert sorted(keys) == [name.key for name in some[5:]]
+
+    await asyncio.gather(*map(churn, range(12)))
+
+
+async def test_of_two_writers_of_one_name_one_wins(backend: Backend) -> None:
+    [name] = names(1)
+    contents = [bytes([i]) * 5000 for i in range(8)]
+    outcomes = await asyncio.gather(
+        *(backend.put(name, data) for data in contents), return_exceptions=True
+    )
+    [winner] = [data for data, error in zip(contents, outcomes, strict=True) if error is None]
+    assert sum(isinstance(error, SegmentExists) for error in outcomes) == 7
+    [kept] = await backend.get([Read(name, 0, 5000)])
+    assert not isinstance(kept, Exception)
+    assert bytes(kept) == winner
+
+
+async def test_a_buffer_may_be_reused_after_a_put(backend: Backend) -> None:
+    one, two = names(2)
+    buffer = bytearray(content(one, 200_000))
+    await backend.put(one, buffer)
+    buffer[:] = content(two, 200_000)
+    await backend.put(two, buffer)
+    buffer[:] = bytes(200_000)
+    for name in (one, two):
+        [data] = await backend.get([Read(name, 0, 200_000)])
+        assert not isinstance(data, Exception)
+        assert bytes(data) == content(name, 200_000)
+
+
 async def test_a_thousand_segments_at_once(backend: Backend) -> None:
     some = names(1000)
     limit = asyncio.Semaphore(50)

@@ -95,10 +95,7 @@ class ObjectBackend(Backend):
                 await obstore.put_async(self._store, name.key, payload, mode="create")
         except AlreadyExistsError as error:
             # A reply that was lost and repeated by the library finds our own first attempt.
-            [found] = await self.get([Read(name, 0, len(payload))])
-            if isinstance(found, TierUnavailable):
-                raise OutcomeUnknown(found.message) from error
-            if isinstance(found, VswapError) or found != payload:
+            if not await self._holds(name, payload):
                 raise SegmentExists(self._say(f"{name.key} exists"), name=name.key) from error
         except FileNotFoundError as error:
             raise TierUnavailable(self._say("no such bucket")) from error
@@ -106,6 +103,16 @@ class ObjectBackend(Backend):
             raise TierUnavailable(self._reason(error)) from error
         except (BaseError, OSError, TimeoutError) as error:
             # Even where the last attempt could not connect: an earlier one may have.
+            raise OutcomeUnknown(self._reason(error)) from error
+
+    async def _holds(self, name: SegmentName, payload: bytes) -> bool:
+        try:
+            async with self._parallel, asyncio.timeout(self._spec.timeout_s):
+                found = await obstore.get_async(self._store, name.key)
+                return found.meta["size"] == len(payload) and await found.bytes_async() == payload
+        except FileNotFoundError:
+            return False
+        except (BaseError, OSError, TimeoutError) as error:
             raise OutcomeUnknown(self._reason(error)) from error
 
     async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:

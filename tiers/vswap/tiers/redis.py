@@ -228,7 +228,11 @@ def _make_pool(spec: TierSpec) -> Any:
         raise BadConfig(f"tier {spec.name}: unknown option {unknown[0]!r} in url", key="url")
     local = spec.scheme == "redis+unix"
     if not local and not re.fullmatch(r"/?\d*", parts.path):
-        raise BadConfig(f"tier {spec.name}: {spec.safe_url}: the path is a number", key="url")
+        raise BadConfig(
+            f"tier {spec.name}: {spec.safe_url}: the path is the number of a database "
+            "(and a / in a password is %2F)",
+            key="url",
+        )
     try:
         url = spec.resolved_url()
         return aioredis.BlockingConnectionPool.from_url(

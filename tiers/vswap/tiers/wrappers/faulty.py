@@ -59,7 +59,11 @@ class FaultPlan(BaseModel):
 
 
 class Faulty(Wrapper):
-    """``plan`` may be exchanged at any time. The same seed and calls give the same faults."""
+    """``plan`` may be exchanged at any time. The same seed and calls give the same faults.
+
+    Each call draws from a source of its own, seeded when the call starts, so that the order in
+    which concurrent calls proceed does not matter.
+    """
 
     def __init__(
         self,
@@ -74,52 +78,54 @@ class Faulty(Wrapper):
         self._rng = random.Random(plan.seed)
         self._sleep = sleep
 
-    def _hits(self, fault: str, probability: float) -> bool:
-        if probability and self._rng.random() < probability:
+    def _hits(self, rng: random.Random, fault: str, probability: float) -> bool:
+        if probability and rng.random() < probability:
             self.injected[fault] += 1
             return True
         return False
 
-    async def _before(self) -> None:
-        if self._hits("delay", self.plan.delay):
+    async def _before(self) -> random.Random:
+        rng = random.Random(self._rng.getrandbits(64))
+        if self._hits(rng, "delay", self.plan.delay):
             await self._sleep(self.plan.delay_ms / 1000)
-        if self._hits("error", self.plan.error):
+        if self._hits(rng, "error", self.plan.error):
             raise TierUnavailable("injected error")
+        return rng
 
     async def put(self, name: SegmentName, data: Buffer) -> None:
-        await self._before()
-        if self._hits("torn", self.plan.torn):
-            data = memoryview(data)[: self._rng.randrange(1, max(len(data), 2))]
+        rng = await self._before()
+        if self._hits(rng, "torn", self.plan.torn):
+            data = memoryview(data)[: rng.randrange(1, max(len(data), 2))]
         await self.inner.put(name, data)
-        if self._hits("lost", self.plan.lost):
+        if self._hits(rng, "lost", self.plan.lost):
             raise OutcomeUnknown("injected: the reply was lost")
 
     async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:
         try:
-            await self._before()
+            rng = await self._before()
         except TierUnavailable as error:
             return [error] * len(reads)
         results = await self.inner.get(reads)
-        if self._hits("lost", self.plan.lost):
+        if self._hits(rng, "lost", self.plan.lost):
             return [TierUnavailable("injected: the reply was lost")] * len(reads)
-        return [self._damage(result) for result in results]
+        return [self._damage(rng, result) for result in results]
 
-    def _damage(self, result: Buffer | VswapError) -> Buffer | VswapError:
+    def _damage(self, rng: random.Random, result: Buffer | VswapError) -> Buffer | VswapError:
         if isinstance(result, VswapError):
             return result
-        if self._hits("short", self.plan.short):
+        if self._hits(rng, "short", self.plan.short):
             return PageLost("injected: short read")
-        if self._hits("flip", self.plan.flip):
+        if self._hits(rng, "flip", self.plan.flip):
             damaged = bytearray(result)
-            bit = self._rng.randrange(len(damaged) * 8)
+            bit = rng.randrange(len(damaged) * 8)
             damaged[bit >> 3] ^= 1 << (bit & 7)
             return damaged
         return result
 
     async def delete(self, names: Sequence[SegmentName]) -> None:
-        await self._before()
+        rng = await self._before()
         await self.inner.delete(names)
-        if self._hits("lost", self.plan.lost):
+        if self._hits(rng, "lost", self.plan.lost):
             raise OutcomeUnknown("injected: the reply was lost")
 
     async def list(self, prefix: str) -> AsyncIterator[Listed]:
