@@ -101,7 +101,7 @@ class World:
 
     def add_tier(self, name: str, capacity: int = 100 * MIB, rank: int = 10, **more: Any) -> None:
         spec = TierSpec(
-            name=name, url=f"file:///{name}", capacity_bytes=capacity, rank=rank, **more
+            name=name, url=f"redis://{name}", capacity_bytes=capacity, rank=rank, **more
         )
         self.step(AddTier(spec))
         self.asked.clear()

@@ -19,7 +19,7 @@ from vswap.client import Operator
 from vswap.v1 import common_pb2, coordinator_pb2
 from vswap.wire.errors import Unreachable
 
-KIB = 1024
+MIB = 2**20
 COMMAND = [sys.executable, "-m", "vswap.cli.main", "run", "coordinator"]
 
 
@@ -84,7 +84,7 @@ def add(process: Process, name: str, rank: int) -> None:
             common_pb2.TierSpec(
                 name=name,
                 url=f"file://{process.directory}/{name}",
-                capacity_bytes=1000 * KIB,
+                capacity_bytes=1000 * MIB,
                 rank=rank,
             )
         )
@@ -97,16 +97,16 @@ async def test_a_drain_survives_kill_9_of_the_coordinator(process: Process) -> N
     one, two = LinkNode(process.address, "n1"), LinkNode(process.address, "n2")
     await one.connect()
     await two.connect()
-    await one.store("a", 300 * KIB)
-    await two.store("a", 200 * KIB)
+    await one.store("a", 300 * MIB)
+    await two.store("a", 200 * MIB)
     with process.operator() as operator:
         spec = coordinator_pb2.JobSpec(kind="MOVE_KIND_DRAIN", tier="a")
         job_id = await asyncio.to_thread(lambda: operator.start_job(spec).id)
         await one.until(lambda: job_id in one.directives)
         await two.until(lambda: job_id in two.directives)
-        one.move(job_id, 100 * KIB, "b")
-        two.move(job_id, 200 * KIB, "b")
-        while operator.cluster().tiers[0].usage.live_bytes != 200 * KIB:
+        one.move(job_id, 100 * MIB, "b")
+        two.move(job_id, 200 * MIB, "b")
+        while operator.cluster().tiers[0].usage.live_bytes != 200 * MIB:
             await asyncio.sleep(0.02)
     cluster, generation = one.cluster, one.generation
 
@@ -114,9 +114,9 @@ async def test_a_drain_survives_kill_9_of_the_coordinator(process: Process) -> N
     await one.closed()
     await two.closed()
     # Meanwhile the nodes go on with what they were told.
-    one.stored["a"] -= 50 * KIB
-    one.stored["b"] = one.stored.get("b", 0) + 50 * KIB
-    one.moved[job_id] += 50 * KIB
+    one.stored["a"] -= 50 * MIB
+    one.stored["b"] = one.stored.get("b", 0) + 50 * MIB
+    one.moved[job_id] += 50 * MIB
     process.start()
     with process.operator() as operator:
         [job] = await asyncio.to_thread(operator.jobs)
@@ -133,14 +133,14 @@ async def test_a_drain_survives_kill_9_of_the_coordinator(process: Process) -> N
             coordinator_pb2.JOB_STATE_RUNNING,
             coordinator_pb2.JOB_STATE_BLOCKED,
         )
-        one.move(job_id, 150 * KIB, "b")
+        one.move(job_id, 150 * MIB, "b")
         await two.connect()
         two.report()
         shown = await asyncio.wait_for(
             asyncio.to_thread(lambda: list(operator.watch_job(job_id))), 20
         )
         assert shown[-1].state == coordinator_pb2.JOB_STATE_DONE
-        assert shown[-1].bytes_moved == 500 * KIB
+        assert shown[-1].bytes_moved == 500 * MIB
         tier = operator.cluster().tiers[0]
         assert tier.tier.state == common_pb2.TIER_STATE_DRAINED
     await one.disconnect()
@@ -152,15 +152,15 @@ async def test_grants_survive_kill_9(process: Process) -> None:
     add(process, "a", 10)
     one = LinkNode(process.address, "n1")
     await one.connect()
-    await one.store("a", 700 * KIB)
+    await one.store("a", 700 * MIB)
     process.end(signal.SIGKILL)
     await one.closed()
     process.start()
     two = LinkNode(process.address, "n2")
     await two.connect()
-    two.say(grant_request=coordinator_pb2.GrantRequest(tier="a", total_bytes=900 * KIB))
+    two.say(grant_request=coordinator_pb2.GrantRequest(tier="a", total_bytes=900 * MIB))
     await two.until(lambda: "a" in two.grants)
-    assert two.grants["a"] == 300 * KIB
+    assert two.grants["a"] == 300 * MIB
     await two.disconnect()
 
 
@@ -168,7 +168,7 @@ async def test_a_frozen_coordinator_fences_nobody(process: Process) -> None:
     process.start()
     add(process, "a", 10)
     async with LinkNode(process.address) as node:
-        await node.store("a", 10 * KIB)
+        await node.store("a", 10 * MIB)
         assert process.process is not None
         process.process.send_signal(signal.SIGSTOP)
         for _ in range(10):
@@ -177,7 +177,7 @@ async def test_a_frozen_coordinator_fences_nobody(process: Process) -> None:
         process.process.send_signal(signal.SIGCONT)
         await asyncio.sleep(0.5)
         node.report()
-        await node.store("a", 20 * KIB)
+        await node.store("a", 20 * MIB)
         with process.operator() as operator:
             [info] = operator.cluster().nodes
         assert info.state == "connected"

@@ -8,6 +8,7 @@ from plans import CLUSTER, MIB, Node, World, state_of
 from vswap.coordinator import assess, views
 from vswap.coordinator.events import (
     ActivateTier,
+    AddTier,
     CancelJob,
     ForgetNode,
     ListBackend,
@@ -16,6 +17,7 @@ from vswap.coordinator.events import (
     StartJob,
 )
 from vswap.coordinator.state import Found, JobState, MoveKind, TierState
+from vswap.tiers.spec import TierSpec
 from vswap.wire.errors import (
     AlreadyExists,
     OutOfTiers,
@@ -131,6 +133,14 @@ def test_an_uncompressed_tier_has_less_room_than_it_seems(world: World) -> None:
     world.node("n2").fill("b", 97 * MIB)
     with pytest.raises(OutOfTiers):
         world.start(DRAIN, "a")
+
+
+def test_the_nodes_own_reserve_is_no_room(world: World, node: Node) -> None:
+    spec = TierSpec(name="o", url="file:///o", capacity_bytes=64 * MIB, rank=30)
+    world.step(AddTier(spec))
+    node.settle()
+    world.node("n2").fill("b", 100 * MIB)
+    assert world.start(DRAIN, "a").room_bytes == {"b": 0, "o": 48 * MIB}
 
 
 def test_unused_grants_are_room(world: World, node: Node) -> None:

@@ -282,7 +282,7 @@ def test_which_tiers_can_be_added(world: World) -> None:
     with pytest.raises(AlreadyExists, match="exists already"):
         world.step(AddTier(spec("a", "file:///other")))
     with pytest.raises(AlreadyExists, match="tier a already lies at"):
-        world.step(AddTier(spec("r", "file:///a/")))
+        world.step(AddTier(spec("r", "redis://user:x@a/")))
     with pytest.raises(BackendRefused, match="capacity"):
         world.step(AddTier(spec("r", "file:///r", 0)))
     world.node("n1", own=MIB)

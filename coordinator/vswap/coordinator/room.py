@@ -12,12 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vswap.coordinator.state import MoveKind, State, TierState
+from vswap.tiers.files import FileBackend
+from vswap.tiers.objects import ObjectBackend
+from vswap.tiers.redis import RedisBackend
+from vswap.tiers.spec import TierSpec
 from vswap.v1 import common_pb2
 
 _LOCAL_SHARE = 0.9
 """Of a node's own tiers; new pages go there as well while a drain runs."""
 _CLUSTER_SHARE = 0.98
-"""The rest is kept for evacuations (2 % of every tier)."""
+_SEGMENTS_KEPT = 2
+"""Nodes keep 2 % of what they hold, and at least two segments each, for compaction alone."""
 
 
 @dataclass(slots=True)
@@ -35,8 +40,11 @@ class Fit:
 
 def cluster_room(state: State, name: str) -> int:
     """Bytes that may still be stored in a cluster tier by anybody; real usage, not grants."""
-    capacity = state.tiers[name].spec.capacity_bytes
-    return max(0, int(capacity * _CLUSTER_SHARE) - state.stored_bytes(name))
+    spec = state.tiers[name].spec
+    nodes = sum(1 for _ in state.members())
+    kept = _SEGMENTS_KEPT * nodes * _segment_bytes(spec)
+    usable = min(int(spec.capacity_bytes * _CLUSTER_SHARE), spec.capacity_bytes - kept)
+    return max(0, usable - state.stored_bytes(name))
 
 
 def local_room(usage: common_pb2.TierUsage) -> int:
@@ -121,6 +129,12 @@ def reservations(state: State) -> dict[tuple[str, str], int]:
             for key, taken in fit.taken.items():
                 total[key] = total.get(key, 0) + taken
     return total
+
+
+def _segment_bytes(spec: TierSpec) -> int:
+    if spec.scheme.startswith("redis"):
+        return RedisBackend.segment_bytes
+    return FileBackend.segment_bytes if spec.scheme == "file" else ObjectBackend.segment_bytes
 
 
 def _growth(usage: common_pb2.TierUsage | None) -> float:
