@@ -261,6 +261,19 @@ def test_an_operator_goes_before_the_automatic(busy: World) -> None:
     busy.start(DRAIN, "b")
 
 
+def test_an_automatic_job_that_is_stuck_is_given_up(busy: World) -> None:
+    node = busy.node("n1")
+    node.fill("a", 95 * MIB)
+    busy.tick()
+    [job] = busy.state.running()
+    node.disconnect()
+    busy.tick(50)
+    assert state_of(job) is JobState.BLOCKED
+    busy.tick(20)
+    assert state_of(job) is JobState.CANCELLED
+    assert job.reason == "given up: n1 is absent and has pages there"
+
+
 def test_it_can_be_switched_off() -> None:
     world = World(Policy(balance=False, compact=False))
     world.add_tier("a")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from vswap.coordinator import jobs, room
 from vswap.coordinator.events import StartJob
-from vswap.coordinator.state import MoveKind, State, Tier, TierState
+from vswap.coordinator.state import JobState, MoveKind, State, Tier, TierState
 from vswap.coordinator.turn import Turn
 from vswap.wire.errors import VswapError
 
 _QUIET_S = 30.0
+_PATIENCE_S = 60.0
 _LEAST_BYTES = 2**20
 
 
@@ -28,8 +29,12 @@ class Policy:
 
 
 def consider(turn: Turn, policy: Policy, spare_id: str) -> None:
-    """Starts at most one automatic job."""
+    """Starts at most one automatic job; gives up those that nothing moves any more."""
     state = turn.state
+    for job in state.running():
+        since_s = state.flight(job).blocked_since_s
+        if job.automatic and since_s is not None and turn.now_s - since_s > _PATIENCE_S:
+            jobs.finish(turn, job, JobState.CANCELLED, f"given up: {job.reason}")
     for tier in state.ranked():
         name = tier.spec.name
         if tier.state is not TierState.ACTIVE or _busy(state, name):

@@ -84,7 +84,13 @@ def listed(turn: Turn, event: Listed) -> None:
                 orders.look_again(turn, job, uuid)
     flight.leftover = "; ".join(reasons)
     flight.clear = not reasons
-    state.strangers[event.tier] = strangers
+    # Only our own cluster was listed: of the others an earlier listing told.
+    others = [
+        found
+        for found in state.strangers.get(event.tier, ())
+        if sweeps.owner(state.cluster, found.prefix) is None
+    ]
+    state.strangers[event.tier] = [*strangers, *others]
 
 
 def obstacles(state: State, absent: Sequence[str], waiting: Mapping[str, JobNode]) -> str:

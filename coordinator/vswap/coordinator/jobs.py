@@ -67,6 +67,11 @@ def advance(turn: Turn) -> None:
         else:
             job.state = outcome
             orders.send_due(turn, job)
+            flight = turn.state.flight(job)
+            if outcome is JobState.RUNNING:
+                flight.blocked_since_s = None
+            elif flight.blocked_since_s is None:
+                flight.blocked_since_s = turn.now_s
             if (job.state, job.reason) != before:
                 turn.save_job(job)
 

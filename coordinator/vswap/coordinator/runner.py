@@ -34,7 +34,7 @@ from vswap.coordinator.events import (
     Swept,
     Tick,
 )
-from vswap.coordinator.state import State
+from vswap.coordinator.state import JobState, State
 from vswap.coordinator.store import Store
 from vswap.v1 import coordinator_pb2
 from vswap.wire.errors import InternalError, StateInvalid, VswapError
@@ -96,6 +96,7 @@ class Runner:
         self._streams = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeps: dict[str, set[asyncio.Task[tuple[int, int] | None]]] = {}
+        self._told: dict[str, JobState] = {}
         self._changed = asyncio.Event()
 
     # -------------------------------------------------------------- events
@@ -202,6 +203,7 @@ class Runner:
                 running.add(task)
                 task.add_done_callback(running.discard)
             case Notify():
+                self._tell(action.job)
                 self._changed.set()
                 self._changed = asyncio.Event()
 
@@ -250,6 +252,16 @@ class Runner:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("a task failed unexpectedly", exc_info=task.exception())
+
+    def _tell(self, job_id: str) -> None:
+        """Logs a job's state where it is another than before."""
+        job = self.state.jobs.get(job_id)
+        if job is None or self._told.get(job_id) == job.state:
+            return
+        self._told[job_id] = job.state
+        if job.state.ended:
+            del self._told[job_id]
+        _log.info("job", job=job.title, state=job.state.word, reason=job.reason)
 
     def _start_over(self, error: Exception) -> None:
         _log.error("reading the state back from disk", exc_info=error)

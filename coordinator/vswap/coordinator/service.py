@@ -206,5 +206,12 @@ async def add_tier(runner: Runner, spec: TierSpec) -> None:
     limit = await runner.backends.examine(spec)
     if not spec.capacity_bytes and limit:
         spec = spec.model_copy(update={"capacity_bytes": int(limit * _OWN_LIMIT_SHARE)})
+    if limit and spec.capacity_bytes > limit:
+        _log.warning(
+            "a tier's capacity is more than its server has",
+            tier=spec.name,
+            capacity_bytes=spec.capacity_bytes,
+            limit_bytes=limit,
+        )
     runner.apply(AddTier(spec))
     _log.info("tier added", tier=spec.name, url=spec.safe_url, capacity_bytes=spec.capacity_bytes)

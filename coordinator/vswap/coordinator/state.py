@@ -200,6 +200,7 @@ class Flight:
     looked_s: dict[str, float] = field(default_factory=dict)
     """Per shard uuid: not told to look again before then."""
     saved_s: float = 0.0
+    blocked_since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
