@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from importlib.metadata import version
 
 from pydantic import ValidationError
 
+from vswap.node import messages
 from vswap.node.entry import FILL
-from vswap.node.report import TierUsage
 from vswap.node.shard import Shard
 from vswap.node.spaces import DEFAULT_MAX_SLOTS, MIN_PAGE_BYTES, Limits, Space
-from vswap.v1 import common_pb2, node_pb2, node_pb2_grpc
+from vswap.v1 import node_pb2, node_pb2_grpc
 from vswap.wire.aio import Context, served
 from vswap.wire.errors import InvalidRequest, UnknownTier
 from vswap.wire.rpc import MAX_BATCH_BYTES
@@ -72,7 +71,7 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             version=version("vswap"),
             coordinator=self.coordinator_state,
             generation=shard.generation,
-            tiers=map(usage_message, shard.usage()),
+            tiers=map(messages.usage, shard.usage()),
             pages=shard.pages,
             fill_pages=shard.fill_pages,
             usable_free_bytes=free,
@@ -116,10 +115,3 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             tier_bytes={t.name: int(space.bytes_by_tag[t.tag]) for t in tiers},
             events=dict(space.events),
         )
-
-
-def usage_message(usage: TierUsage) -> common_pb2.TierUsage:
-    """The report of a tier as it travels."""
-    fields = asdict(usage)
-    fields["state"] = int(usage.state)
-    return common_pb2.TierUsage(**fields)

@@ -9,33 +9,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable
-from importlib.metadata import version
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 from uuid import UUID
 
 import grpc
 import structlog
 
-from vswap.node.admin import usage_message
-from vswap.node.directives import Directive, MoveKind, Progress
+from vswap.node import messages
 from vswap.node.shard import Shard
 from vswap.node.tier import TierState
 from vswap.tiers.spec import TierSpec
 from vswap.v1 import coordinator_pb2 as pb
 from vswap.v1 import coordinator_pb2_grpc
-from vswap.wire.errors import AlreadyExists, Refused, StaleIncarnation, VswapError
+from vswap.wire.errors import (
+    InternalError,
+    InvalidRequest,
+    Refused,
+    StaleIncarnation,
+    Unreachable,
+    VswapError,
+)
 from vswap.wire.rpc import CHANNEL_OPTIONS, from_rpc_error
 
 _BACKOFF_FIRST_S = 0.1
 _BACKOFF_MOST_S = 5.0
-_REFUSED_S = 5.0
+_WELCOME_S = 10.0
 _BUSY_REPORT_S = 0.25
 
 logger = structlog.get_logger("vswap.node.control")
 
 
 class Control:
-    """Run :meth:`run` as a task. Event loop only."""
+    """Run :meth:`run` as a task. Event loop only; its clock is the loop's."""
 
     def __init__(
         self,
@@ -53,166 +60,225 @@ class Control:
         self._coordinator = coordinator
         self._rng = rng
         self._make_channel = make_channel or _channel
-        self._outgoing: asyncio.Queue[pb.NodeMessage] = asyncio.Queue()
-        self._report_now = asyncio.Event()
-        self._lease_s = 10.0
-        self._configuring: asyncio.Task[None] | None = None
         self.on_state: Callable[[str], None] = lambda state: None
         """Told "connected" or "absent"."""
-        self.joined = asyncio.Event()
+        self.attempted = asyncio.Event()
+        """Set once the coordinator has welcomed or refused this node, or was found to be away."""
         self.refused: VswapError | None = None
-        """Why the coordinator does not want this node; None once it has joined."""
+        """Why the coordinator does not want this node; None where it does, or is away."""
+        self._lease_s = 10.0
+        self._connected = False
+        self._queue: deque[pb.NodeMessage] = deque()
+        """To be sent as soon as possible; reports are made when they are sent."""
+        self._report_due = False
+        self._wake = asyncio.Event()
+        self._acknowledged = shard.generation
+        """What the shard was opened with counts: no write of this life preceded it."""
+        self._configuration: pb.Configuration | None = None
+        """The newest one, until it has been taken up."""
+        self._configuration_came = asyncio.Event()
 
     async def run(self) -> None:
         """Connects, and connects again, for ever."""
-        backoff = _BACKOFF_FIRST_S
         self.on_state("absent")
-        while True:
-            try:
-                await self._connection()
-                error: VswapError | None = None
-            except VswapError as problem:
-                error = problem
-            if self.joined.is_set():
-                backoff = _BACKOFF_FIRST_S
-            self._left()
-            if isinstance(error, Refused | AlreadyExists | StaleIncarnation):
-                self.refused = error
-                self.joined.set()
-                logger.error("the coordinator refuses this node", reason=error.message)
-                await asyncio.sleep(_REFUSED_S)
-                continue
-            logger.info("coordinator away", reason=error.message if error else "stream ended")
-            await asyncio.sleep(backoff * self._rng.uniform(0.5, 1.0))
-            backoff = min(backoff * 2, _BACKOFF_MOST_S)
+        configuring = asyncio.create_task(self._take_configurations())
+        backoff_s = _BACKOFF_FIRST_S
+        told = ""
+        try:
+            while True:
+                error = await self._attempt()
+                if self._connected:
+                    backoff_s, told = _BACKOFF_FIRST_S, ""
+                self._left()
+                self.refused = error if _is_refusal(error) else None
+                self.attempted.set()
+                # An outage is told once, not at every attempt.
+                if self.refused is not None:
+                    if error.message != told:
+                        logger.error("the coordinator refuses this node", reason=error.message)
+                    told, backoff_s = error.message, _BACKOFF_MOST_S
+                elif told != "away":
+                    logger.warning("coordinator away", reason=error.message)
+                    told = "away"
+                await asyncio.sleep(backoff_s * self._rng.uniform(0.5, 1.0))
+                backoff_s = min(backoff_s * 2, _BACKOFF_MOST_S)
+        finally:
+            configuring.cancel()
+            await asyncio.gather(configuring, return_exceptions=True)
+
+    async def _attempt(self) -> VswapError:
+        """One connection, from the hello to whatever ended it."""
+        try:
+            await self._stream()
+        except VswapError as error:
+            return error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return Unreachable(f"the stream to {self._coordinator} was cancelled")
+        except Exception as error:
+            logger.error("the control link failed unexpectedly", exc_info=error)
+            return InternalError(f"{type(error).__name__}: {error}")
+        return Unreachable(f"{self._coordinator} ended the stream")
 
     def _left(self) -> None:
-        self.on_state("absent")
+        self._connected = False
+        self._queue.clear()
         self._shard.connect_grants(None)
         self._shard.directives.changed = lambda: None
+        self.on_state("absent")
 
-    async def _connection(self) -> None:
-        self._outgoing = asyncio.Queue()
-        self._outgoing.put_nowait(pb.NodeMessage(hello=self._hello()))
+    async def _stream(self) -> None:
         async with self._make_channel(self._coordinator) as channel:
-            stub = coordinator_pb2_grpc.NodeLinkStub(channel)
-            call = stub.Connect(self._messages())
-            reports: asyncio.Task[None] | None = None
+            call = coordinator_pb2_grpc.NodeLinkStub(channel).Connect()
+            sending = asyncio.create_task(self._send(call))
             try:
-                async for message in call:
-                    if message.HasField("welcome"):
-                        await self._welcome(message.welcome)
-                        reports = asyncio.create_task(self._reports())
-                    else:
-                        self._receive(message)
+                async with asyncio.timeout(_WELCOME_S) as patience:
+                    async for message in call:
+                        if message.HasField("welcome"):
+                            patience.reschedule(None)
+                            await self._welcome(message.welcome)
+                        else:
+                            self._receive(message)
+            except TimeoutError as error:
+                raise Unreachable(f"{self._coordinator} does not answer") from error
             except grpc.RpcError as error:
                 raise from_rpc_error(error, self._coordinator) from error
             finally:
-                for task in (reports, self._configuring):
-                    if task is not None:
-                        task.cancel()
-                        with contextlib.suppress(asyncio.CancelledError):
-                            await task
-                self._configuring = None
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
                 call.cancel()
-
-    async def _messages(self) -> AsyncIterator[pb.NodeMessage]:
-        while True:
-            yield await self._outgoing.get()
 
     # ---------------------------------------------------------------- incoming
 
     async def _welcome(self, welcome: pb.Welcome) -> None:
         await self._shard.join(UUID(welcome.cluster_uuid))
         self._lease_s = welcome.lease_s
+        self._connected = True
         self._shard.connect_grants(self._want)
-        self._shard.directives.changed = self._report_now.set
+        self._shard.directives.changed = self._report
+        self._report()
         self.refused = None
-        self.joined.set()
+        self.attempted.set()
         self.on_state("connected")
         logger.info("joined", cluster=welcome.cluster_uuid, coordinator=self._coordinator)
 
     def _receive(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
             case "configuration":
-                previous = self._configuring
-                self._configuring = asyncio.create_task(
-                    self._configure(message.configuration, previous)
-                )
+                self._configuration = message.configuration
+                self._configuration_came.set()
             case "grant":
                 self._shard.set_grant(message.grant.tier, message.grant.total_bytes)
             case "directive":
-                self._shard.directives.start(_directive(message.directive))
-                self._report_now.set()
+                try:
+                    directive = messages.directive(message.directive)
+                except ValueError as error:
+                    # Of a newer coordinator, perhaps. The stream is worth more than this message.
+                    logger.error("directive not understood", reason=str(error))
+                    return
+                self._shard.directives.start(directive)
+                self._report()
             case "stop_directive":
                 self._shard.directives.stop(message.stop_directive.job_id)
 
-    async def _configure(
-        self, configuration: pb.Configuration, previous: asyncio.Task[None] | None
-    ) -> None:
-        if previous is not None:
-            await asyncio.wait([previous])
+    async def _take_configurations(self) -> None:
+        """Takes up the newest configuration, one at a time, whether or not a stream is open.
+
+        One that fails (a password file that is missing) is tried again until there is a newer one.
+        """
+        told = ""
+        while True:
+            await self._configuration_came.wait()
+            self._configuration_came.clear()
+            configuration = self._configuration
+            if configuration is None:
+                continue
+            try:
+                await self._configure(configuration)
+            except Exception as error:
+                if str(error) != told:
+                    told = str(error)
+                    expected = isinstance(error, VswapError | ValueError)
+                    logger.error(
+                        "configuration cannot be taken up", generation=configuration.generation,
+                        reason=told, exc_info=None if expected else error,
+                    )  # fmt: skip
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_BACKOFF_MOST_S):
+                        await self._configuration_came.wait()
+                self._configuration_came.set()
+            else:
+                told = ""
+                if self._configuration is configuration:
+                    self._configuration = None
+
+    async def _configure(self, configuration: pb.Configuration) -> None:
+        """Acknowledges what is in force: a hello and a report name a generation only after that."""
+        generation = configuration.generation
+        if generation < self._shard.generation:
+            logger.warning(
+                "configuration is older than ours", generation=generation,
+                ours=self._shard.generation,
+            )  # fmt: skip
+            return
         tiers = [
             (TierSpec.from_proto(tier.spec), TierState(tier.state)) for tier in configuration.tiers
         ]
-        try:
-            await self._shard.configure(configuration.generation, tiers)
-        except VswapError as error:
-            logger.error("configuration refused", reason=error.message)
-            return
-        ack = pb.GenerationAck(generation=configuration.generation)
-        self._outgoing.put_nowait(pb.NodeMessage(generation_ack=ack))
-        self._report_now.set()
+        await self._shard.configure(generation, tiers)
+        self._acknowledged = generation
+        if self._connected:
+            ack = pb.GenerationAck(generation=generation)
+            self._queue.append(pb.NodeMessage(generation_ack=ack))
+            self._report()
 
     # ---------------------------------------------------------------- outgoing
 
     def _want(self, tier: str, total_bytes: int) -> None:
         request = pb.GrantRequest(tier=tier, total_bytes=total_bytes)
-        self._outgoing.put_nowait(pb.NodeMessage(grant_request=request))
+        self._queue.append(pb.NodeMessage(grant_request=request))
+        self._wake.set()
 
-    async def _reports(self) -> None:
-        """A report at a third of the lease, more often while directives run."""
+    def _report(self) -> None:
+        """A report, soon."""
+        self._report_due = True
+        self._wake.set()
+
+    async def _send(self, call: Any) -> None:
+        """Says hello; once welcomed, what is queued and reports. Ends the call if it cannot."""
+        try:
+            hello = messages.hello(self._shard, self._name, self._address, self._acknowledged)
+            await call.write(pb.NodeMessage(hello=hello))
+            await self._send_on(call)
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            # The stream has ended; the side that reads knows why.
+            return
+        except Exception as error:
+            logger.error("the control link failed unexpectedly", exc_info=error)
+            call.cancel()
+
+    async def _send_on(self, call: Any) -> None:
+        """Reports are sent at a third of the lease, sooner while directives run or when asked."""
+        loop = asyncio.get_running_loop()
+        next_report = loop.time()
         while True:
-            self._report_now.clear()
-            self._outgoing.put_nowait(pb.NodeMessage(report=self._report()))
-            busy = any(p.state != "done" for p in self._shard.directives.progress())
-            period = min(self._lease_s / 3, _BUSY_REPORT_S if busy else self._lease_s)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(period):
-                    await self._report_now.wait()
-
-    def _hello(self) -> pb.Hello:
-        shard = self._shard
-        return pb.Hello(
-            node=self._name,
-            shard_uuid=str(shard.uuid),
-            incarnation=shard.incarnation,
-            address=self._address,
-            version=version("vswap"),
-            cluster_uuid=str(shard.cluster or ""),
-            generation=shard.generation,
-            grants=self._grants(),
-            tiers=map(usage_message, shard.usage()),
-        )
-
-    def _grants(self) -> list[pb.Grant]:
-        return [
-            pb.Grant(tier=tier, total_bytes=total) for tier, total in self._shard.grants().items()
-        ]
-
-    def _report(self) -> pb.Report:
-        shard = self._shard
-        return pb.Report(
-            tiers=map(usage_message, shard.usage()),
-            grants=self._grants(),
-            directives=map(_progress_message, shard.directives.progress()),
-            pages=shard.pages,
-            fill_pages=shard.fill_pages,
-            ages=[
-                pb.AgeBucket(tier=a.tier, older_than_s=a.older_than_s, live_bytes=a.live_bytes)
-                for a in shard.ages()
-            ],
-        )
+            if self._queue:
+                await call.write(self._queue.popleft())
+            elif self._connected and (self._report_due or loop.time() >= next_report):
+                self._report_due = False
+                report = messages.report(self._shard)
+                busy = any(p.state not in ("done", "failed") for p in report.directives)
+                period_s = min(self._lease_s / 3, _BUSY_REPORT_S if busy else self._lease_s)
+                next_report = loop.time() + period_s
+                await call.write(pb.NodeMessage(report=report))
+            else:
+                self._wake.clear()
+                try:
+                    async with asyncio.timeout_at(next_report if self._connected else None):
+                        await self._wake.wait()
+                except TimeoutError:
+                    continue
 
 
 def _channel(address: str) -> grpc.aio.Channel:
@@ -220,37 +286,16 @@ def _channel(address: str) -> grpc.aio.Channel:
         address,
         options=[
             *CHANNEL_OPTIONS,
+            # A proxy in the environment is for the web.
+            ("grpc.enable_http_proxy", 0),
+            # Without it, an attempt would wait out the backoff of the channel before it.
+            ("grpc.use_local_subchannel_pool", 1),
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2_000),
         ],
     )
 
 
-def _directive(message: pb.Directive) -> Directive:
-    return Directive(
-        job_id=message.job_id,
-        kind=MoveKind(message.kind),
-        tier=message.tier,
-        destination=message.destination,
-        byte_budget=message.byte_budget,
-        older_than_s=message.older_than_s,
-        target_utilisation=message.target_utilisation or 0.9,
-        rate_bytes_s=message.rate_bytes_s,
-    )
-
-
-def _progress_message(progress: Progress) -> pb.DirectiveProgress:
-    moved = progress.moved
-    return pb.DirectiveProgress(
-        job_id=progress.job_id,
-        state=progress.state,
-        reason=progress.reason,
-        pages_moved=moved.pages,
-        bytes_moved=moved.bytes,
-        logical_bytes_moved=moved.logical_bytes,
-        segments_freed=moved.segments,
-        pages_left=progress.pages_left,
-        bytes_left=progress.bytes_left,
-    )
+def _is_refusal(error: VswapError) -> bool:
+    """The coordinator answered, and more of the same will get the same answer."""
+    return isinstance(error, Refused | InvalidRequest | StaleIncarnation)

@@ -24,14 +24,13 @@ from vswap.node.frontends.grpc_pages import PagesService
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.v1 import node_pb2, node_pb2_grpc
-from vswap.wire.errors import BadConfig
-from vswap.wire.listen import StateDirectory, check_listen, runtime_directory
+from vswap.wire.listen import StateDirectory, bind, check_listen, runtime_directory
 from vswap.wire.rpc import CHANNEL_OPTIONS
 
 __all__ = ["NodeConfig", "load_config", "run"]
 
 _GRACE_S = 10.0
-_JOIN_S = 10.0
+_JOIN_S = 5.0
 _SWITCH_INTERVAL_S = 5e-5
 """The default of 5 ms lets a busy codec thread hold up the event loop for 1.5 ms on average."""
 
@@ -59,68 +58,79 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
         directory.path, config.tiers, fresh=config.fresh, seams=seams,
         exclusive_timeout_s=config.exclusive_timeout_s,
     )  # fmt: skip
-    server: grpc.aio.Server | None = None
+    server = Server(shard, config)
     control: asyncio.Task[None] | None = None
     try:
         for space in config.spaces:
             shard.spaces.create(
                 space.name, space.page_bytes, space.max_slots, space.limits, exist_ok=True
             )
-        admin = AdminService(shard, config.name)
-        server, address = await _start_server(config, shard, admin)
+        address = await server.start()
         if config.coordinator:
             link = Control(
                 shard, name=config.name, address=config.advertise or address,
                 coordinator=config.coordinator, rng=random.Random(),
             )  # fmt: skip
-            link.on_state = lambda state: setattr(admin, "coordinator_state", state)
+            link.on_state = server.tell_coordinator_state
             control = asyncio.create_task(link.run())
-            await _first_join(link, stop)
+            await _first_attempt(link, stop, newcomer=shard.cluster is None)
         directory.write_address(address)
         logger.info("listening", address=address, node=config.name, state=str(directory.path))
         await stop.wait()
         logger.info("leaving: finishing what is under way")
         return 0
     finally:
-        if server is not None:
-            await server.stop(_GRACE_S)
+        await server.stop()
         if control is not None:
             control.cancel()
             await asyncio.gather(control, return_exceptions=True)
         await shard.close()
 
 
-async def _first_join(link: Control, stop: asyncio.Event) -> None:
-    """A refusal at the first attempt ends the daemon; an absent coordinator does not."""
-    waits = {asyncio.create_task(link.joined.wait()), asyncio.create_task(stop.wait())}
+async def _first_attempt(link: Control, stop: asyncio.Event, *, newcomer: bool) -> None:
+    """Waits until the coordinator was found, or found to be away.
+
+    A newcomer that is refused (its name is taken) ends. A member serves its pages all the same.
+    """
+    waits = [asyncio.create_task(event.wait()) for event in (link.attempted, stop)]
     await asyncio.wait(waits, timeout=_JOIN_S, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-    if link.refused is not None:
+    if link.refused is not None and newcomer:
         raise link.refused
 
 
-async def _start_server(
-    config: NodeConfig, shard: Shard, admin: AdminService
-) -> tuple[grpc.aio.Server, str]:
-    server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
-    pages = PagesService(shard, inflight_bytes=config.inflight_bytes)
-    node_pb2_grpc.add_PagesServicer_to_server(pages, server)
-    node_pb2_grpc.add_NodeAdminServicer_to_server(admin, server)
-    names = [service.full_name for service in node_pb2.DESCRIPTOR.services_by_name.values()]
-    health = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    for name in ("", *names):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-    try:
-        port = server.add_insecure_port(config.listen)
-    except RuntimeError as error:
-        raise BadConfig(f"cannot listen on {config.listen}: it is taken", key="listen") from error
-    await server.start()
-    if config.listen.startswith("unix:"):
-        return server, config.listen
-    return server, f"{config.listen.rpartition(':')[0]}:{port}"
+class Server:
+    """The node's gRPC services on its address."""
+
+    def __init__(self, shard: Shard, config: NodeConfig) -> None:
+        self._listen = config.listen
+        self._admin = AdminService(shard, config.name)
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
+        pages = PagesService(shard, inflight_bytes=config.inflight_bytes)
+        node_pb2_grpc.add_PagesServicer_to_server(pages, self._server)
+        node_pb2_grpc.add_NodeAdminServicer_to_server(self._admin, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = node_pb2.DESCRIPTOR.services_by_name.values()
+        self._names = [service.full_name for service in services]
+        reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self._server)
+
+    async def start(self) -> str:
+        """Serves; returns the address with the port it got. Raises BadConfig."""
+        address = bind(self._server, self._listen)
+        for name in ("", *self._names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        return address
+
+    async def stop(self) -> None:
+        """Takes no more calls, and lets those under way end, for a while."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(_GRACE_S)
+
+    def tell_coordinator_state(self, state: str) -> None:
+        self._admin.coordinator_state = state
 
 
 def _stop_signal() -> asyncio.Event:

@@ -24,6 +24,12 @@ class Grants:
         self.wanted: Callable[[str, int], None] | None = None
         """Set while the coordinator is connected."""
 
+    def connect(self, wanted: Callable[[str, int], None] | None) -> None:
+        """Hands in what sends a request; None while the coordinator is away."""
+        self.wanted = wanted
+        # What was asked and not answered on an older stream never will be.
+        self._asked.clear()
+
     def set(self, tier: Tier, total_bytes: int) -> None:
         """The coordinator's answer."""
         tier.limit_bytes = total_bytes

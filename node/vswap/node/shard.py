@@ -343,7 +343,7 @@ class Shard:
 
     def connect_grants(self, wanted: Callable[[str, int], None] | None) -> None:
         """Hands in what sends a grant request; None while the coordinator is away."""
-        self._grants.wanted = wanted
+        self._grants.connect(wanted)
 
     # ---------------------------------------------------------------- spaces
 
