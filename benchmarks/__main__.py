@@ -26,7 +26,7 @@ PARTS: dict[str, tuple[Run, Run]] = {
     "codec": (codec.run, lambda: codec.run(3, 2048)),
     "redis": (redis_keys.run, lambda: redis_keys.run(2, 4096)),
     "drain": (drain.run, lambda: drain.run(1, 16384)),
-    "memory": (memory.run, lambda: memory.run(1_000_000, 100_000)),
+    "memory": (memory.run, lambda: memory.run(3_000_000, 300_000)),
 }
 
 

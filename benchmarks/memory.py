@@ -77,6 +77,6 @@ async def _slope(shard: Shard, space: Space, directory: Path, count: int, make: 
         slots = np.arange(start, min(start + BATCH, count), dtype=np.uint64)
         await shard.pager.store(space, slots, make(slots))  # type: ignore[operator]
     points.append((count, footprint(directory) - shard.usage()[0].live_bytes))
-    # The first points hold what a process allocates once.
-    xs, ys = np.array(points[2:], float).T
+    # The first half holds what a process allocates once.
+    xs, ys = np.array(points[len(points) // 2 :], float).T
     return float(np.polyfit(xs, ys, 1)[0])
