@@ -22,7 +22,10 @@ PACKAGES=ca-certificates,python3,python3-venv,redis-server
 
 HOME_DIR=${VSWAP_ENGINE_DIR:-/var/tmp/vswap-engine}
 RUN=$HOME_DIR/run
-BASE=$HOME_DIR/cache/$SUITE-2.tar
+# This host may reach its package index only through a certificate of its own.
+BUNDLE=${PIP_CERT:-${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}}
+KEY=$({ echo "$SUITE $PACKAGES"; cat "$BUNDLE" 2>/dev/null || true; } | sha256sum)
+BASE=$HOME_DIR/cache/$SUITE-${KEY:0:12}.tar
 CGROUP=vswap-engine
 export DOCKER_HOST=unix://$RUN/docker.sock
 
@@ -86,7 +89,8 @@ up() {
 base() {
     [[ -s $BASE ]] && return
     say "building a base image from Debian packages"
-    mkdir -p "$(dirname "$BASE")"
+    rm -rf "$HOME_DIR/cache"
+    mkdir -p "$HOME_DIR/cache"
     local tree
     tree=$(mktemp -d "$HOME_DIR/tree.XXXXXX")
     debootstrap --variant=minbase --include="$PACKAGES" "$SUITE" "$tree" "$MIRROR" \
@@ -95,12 +99,10 @@ base() {
         rm -rf --one-file-system "$tree"
         die "debootstrap failed"
     }
-    # What the images of those names have: `python` on PATH, a `redis` user that owns nothing else.
+    # What the images of those names have: `python` on PATH. (Debian's redis makes the user.)
     ln -s /usr/bin/python3 "$tree/usr/local/bin/python"
-    # This host may reach its package index only through a certificate or a mirror of its own.
-    local bundle=${PIP_CERT:-${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}}
-    if [[ -f $bundle ]]; then
-        cp "$bundle" "$tree/etc/ssl/certs/ca-certificates.crt"
+    if [[ -f $BUNDLE ]]; then
+        cp "$BUNDLE" "$tree/etc/ssl/certs/ca-certificates.crt"
         printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$tree/etc/pip.conf"
     fi
     rm -rf "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/*
