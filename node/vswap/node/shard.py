@@ -39,6 +39,7 @@ from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
 from vswap.tiers.ram import RamBackend, block_size
 from vswap.tiers.spec import TierSpec
+from vswap.tiers.wrappers.metered import Metered
 from vswap.wire.errors import AlreadyExists, Refused, StateInvalid, VswapError
 
 TIERS_FILE = "tiers.json"
@@ -64,6 +65,7 @@ class Shard:
         self._configured: list[tuple[TierSpec, TierState]] = []
         self.generation = 0
         self._background: set[asyncio.Task[None]] = set()
+        self._meters: dict[str, Metered] = {}
         self._pressure_level = 0
         self.events: Counter[str] = Counter()
 
@@ -243,6 +245,7 @@ class Shard:
             if tier.name not in wanted and not tier.segments:
                 self.tiers.remove(tier)
                 del self._tags[tier.name]
+                self._meters.pop(tier.name, None)
                 await tier.backend.close()
         added = []
         for spec, state in tiers:
@@ -281,7 +284,8 @@ class Shard:
 
     def _make_backend(self, spec: TierSpec, tag: int) -> Any:
         if spec.scheme != "ram":
-            return self._seams.make_backend(spec)
+            metered = self._meters[spec.name] = Metered(self._seams.make_backend(spec))
+            return metered
         name, capacity = f"tier-{tag}.arena", spec.capacity_bytes
         if not self._region.exists(name):
             return RamBackend(self._region.create(name, capacity), capacity)
@@ -433,6 +437,8 @@ class Shard:
         total: Counter[str] = Counter()
         for part in parts:
             total.update(part)
+        for name, metered in self._meters.items():
+            total.update(metered.meter.flat(name))
         total["swept_segments"] = self._sweeper.swept
         return dict(total)
 
