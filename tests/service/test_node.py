@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,83 @@ def test_a_redis_that_evicts_is_refused(tmp_path: Path) -> None:
         assert "noeviction" in daemon.output
 
 
+def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "package.json").write_text("{}")
+    daemon = node(tmp_path, CONFIG, "--fresh").launch()
+    assert daemon.wait() == 3
+    assert "not vswap's" in daemon.output
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["package.json"]
+
+
+def test_a_node_without_spaces_starts_again(tmp_path: Path) -> None:
+    config = "[[tiers]]\nname='ram'\nurl='ram://'\ncapacity_bytes=4194304\n"
+    with node(tmp_path, config) as daemon:
+        assert daemon.stop() == 0
+        with Client(daemon.start().address) as client:
+            assert client.status().incarnation == 2
+
+
+def test_pages_hold_their_tiers_in_the_configuration(tmp_path: Path) -> None:
+    where = np.arange(500, dtype=np.uint64)
+    with node(tmp_path) as daemon:
+        with Client(daemon.address) as client:
+            client.space("s").store(where, pages(where, 1))
+        assert daemon.stop() == 0
+    resized = node(tmp_path, CONFIG.replace("4194304", "67108864")).launch()
+    assert resized.wait() == 3
+    assert "set capacity_bytes back" in resized.output
+    without = node(tmp_path, CONFIG.replace('"ram"', '"other"')).launch()
+    assert without.wait() == 3
+    assert "no longer configured" in without.output
+    with node(tmp_path) as daemon, Client(daemon.address) as client:
+        assert (client.space("s").load(where) == pages(where, 1)).all()
+
+
+def test_an_absent_coordinator_delays_nothing_and_a_strange_one_stops_nothing(
+    tmp_path: Path,
+) -> None:
+    coordinator = f"127.0.0.1:{free_port()}"
+    first = Daemon("coordinator", tmp_path / "c1", "--listen", coordinator)
+    with node(tmp_path, CONFIG, "--coordinator", coordinator) as daemon:
+        with Client(daemon.address) as client:
+            assert client.status().coordinator == "absent"
+            client.space("s").store(slots(1), pages(slots(1), 1))
+            with first:
+                deadline = time.monotonic() + 20
+                while client.status().coordinator != "connected":
+                    assert time.monotonic() < deadline, daemon.output
+                    time.sleep(0.05)
+        assert daemon.stop() == 0
+        assert daemon.output.count("coordinator away") <= 2
+        # Of another cluster: this node is a member already, and its pages count for more.
+        with Daemon("coordinator", tmp_path / "c2", "--listen", coordinator):
+            with Client(daemon.start().address) as client:
+                assert (client.space("s").load([1]) == pages(slots(1), 1)).all()
+            assert "belongs to cluster" in daemon.output
+
+
+def test_any_answer_fences_what_came_before(tmp_path: Path) -> None:
+    """A late copy of an old request must not slip past because the newer one was refused."""
+    with node(tmp_path) as daemon, Client(daemon.address) as client:
+        space = client.space("s")
+        space.store(slots(1), pages(slots(1), 2))
+        stub = node_pb2_grpc.PagesStub(grpc.insecure_channel(daemon.address))
+
+        def tag(number: int) -> node_pb2.RequestTag:
+            return node_pb2.RequestTag(session=9, number=number, oldest_open=number)
+
+        with pytest.raises(grpc.RpcError):
+            stub.Free(node_pb2.FreeRequest(space="gone", tag=tag(2)))
+        late = node_pb2.StoreRequest(
+            space="s", slots=slots(1).tobytes(), pages=pages(slots(1), 1).tobytes(), tag=tag(1)
+        )
+        with pytest.raises(grpc.RpcError) as failed:
+            stub.Store(late)
+        assert type(rpc.from_rpc_error(failed.value, "x")) is StaleIncarnation
+        assert (space.load([1]) == pages(slots(1), 2)).all()
+
+
 def test_nonsense_requests_get_one_specific_error_and_change_nothing(tmp_path: Path) -> None:
     with node(tmp_path) as daemon, Client(daemon.address) as client:
         space = client.space("s")
@@ -208,6 +286,9 @@ def test_nonsense_requests_get_one_specific_error_and_change_nothing(tmp_path: P
         raw(BatchTooLarge, slots=many.tobytes(), pages=page * 2049)
         huge = np.arange(9000, dtype=np.uint64)
         raw(BatchTooLarge, slots=huge.tobytes(), pages=page * 9000)
+        with pytest.raises(grpc.RpcError) as failed:
+            stub.Free(node_pb2.FreeRequest(space="s", slots=bytes(8 * (rpc.MAX_FREE_SLOTS + 1))))
+        assert type(rpc.from_rpc_error(failed.value, "x")) is BatchTooLarge
         raw(StaleIncarnation, slots=slots(1).tobytes(), pages=page,
             tag=node_pb2.RequestTag(session=5, number=3, oldest_open=4))  # fmt: skip
         with pytest.raises(UnknownTier):
