@@ -99,8 +99,12 @@ class RamLog:
         name = self._tier.segment_name(handle)
         try:
             block = self._arena.allocate(name)
-        except OutOfTiers:
+        except OutOfTiers as error:
             self._handles.recycle(handle)
+            if self._arena.free_blocks:
+                # Shared memory is smaller than the tiers' capacities: live within what there is.
+                self._tier.limit_bytes = self._tier.stored_bytes
+                self._tier.error = error.message
             raise
         row = self._handles.rows[handle]
         row["block"], row["stored"] = block, self._arena.block_bytes

@@ -235,9 +235,10 @@ class Pager:
                 tier=sick[0], need=need,
             )  # fmt: skip
         space.events["out_of_tiers"] += 1
+        names = [f"{t.name}: {t.error}" if t.error else t.name for t in allowed]
         return OutOfTiers(
             f"space {space.name!r}: no allowed tier has room for {need} bytes of pages "
-            f"({', '.join(t.name for t in allowed) or 'no tier is allowed'})",
+            f"({', '.join(names) or 'no tier is allowed'})",
             space=space.name, need=need, tiers=[t.name for t in allowed],
         )  # fmt: skip
 

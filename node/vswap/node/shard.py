@@ -371,6 +371,7 @@ class Shard:
             for tier in self.tiers:
                 if not tier.opened and not tier.sick_for_s:
                     await self._open_backend(tier)
+                self._regrow(tier)
                 self._grants.ahead(tier)
                 self._grants.give_back(tier)
             self._watch_pressure()
@@ -379,6 +380,14 @@ class Shard:
                 for tier in self.tiers:
                     if tier.opened:
                         await self._sweep(tier)
+
+    def _regrow(self, tier: Tier) -> None:
+        """Gives a RAM tier its capacity back that found shared memory full some time ago."""
+        if tier.ram is None or tier.limit_bytes >= tier.spec.capacity_bytes:
+            return
+        if self._region.free_bytes() > 4 * tier.ram.block_bytes + tier.reserve_bytes:
+            tier.limit_bytes, tier.error = tier.spec.capacity_bytes, ""
+            tier.room_changed.set()
 
     async def _sweep(self, tier: Tier) -> None:
         try:
