@@ -14,7 +14,8 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
     # A restarted daemon is found again at once; gRPC's own default waits up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Also how long one attempt may take: a busy daemon needs more than a moment to say hello.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # Each client its own connection: clients in one process do not queue behind each other.
     ("grpc.use_local_subchannel_pool", 1),
