@@ -111,7 +111,7 @@ def _unsettled(state: State, job: Job, in_the_way: Sequence[str]) -> str:
         for uuid in in_the_way
         if state.connected(uuid) and state.shards[uuid].generation < job.generation
     )
-    return f"{', '.join(names)} still settles writes to the tier" if names else ""
+    return f"writes to the tier still under way at {', '.join(names)}" if names else ""
 
 
 def _empty(turn: Turn, job: Job, shard: Shard) -> bool:

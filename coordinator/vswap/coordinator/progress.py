@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vswap.coordinator.events import Notify
 from vswap.coordinator.state import Flight, Job, JobNode, Moved, MoveKind, State
 from vswap.coordinator.turn import Turn
 from vswap.v1 import coordinator_pb2
@@ -97,4 +96,4 @@ def _measure(turn: Turn, job: Job, flight: Flight, *, save: bool) -> None:
     if save or turn.now_s - flight.saved_s >= _SAVE_EVERY_S:
         flight.saved_s = turn.now_s
         turn.save("job", job.id)
-    turn.do(Notify(job.id))
+    turn.notify(job)

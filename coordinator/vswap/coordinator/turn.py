@@ -18,13 +18,15 @@ class Turn:
         self.wall_s = now.wall_s
         self._actions: list[Action] = []
         self._dirty: dict[Key, None] = {}
+        self._jobs: dict[str, None] = {}
 
     def finish(self) -> list[Action]:
         """All actions, with what must be on disk before them in front."""
+        actions = [*self._actions, *map(Notify, self._jobs)]
         if not self._dirty:
-            return self._actions
+            return actions
         bodies = tuple((key, documents.document(self.state, key)) for key in self._dirty)
-        return [Persist(bodies), *self._actions]
+        return [Persist(bodies), *actions]
 
     def save(self, *key: str) -> None:
         """Marks a document as changed."""
@@ -72,9 +74,13 @@ class Turn:
             self.send(uuid, configuration(self.state))
         return self.state.generation
 
+    def notify(self, job: Job) -> None:
+        """Wakes those who watch the job, once this turn is over."""
+        self._jobs[job.id] = None
+
     def save_job(self, job: Job) -> None:
         self.save("job", job.id)
-        self.do(Notify(job.id))
+        self.notify(job)
 
 
 def grant_message(tier: str, total_bytes: int) -> coordinator_pb2.Grant:
