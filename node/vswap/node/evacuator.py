@@ -327,13 +327,15 @@ class Evacuator:
             parts = [await self._codecs.transcode(p.records, target.codec) for p in pieces]
             log = self._tiers.segment_log(target)
             placed = await log.place(parts, compacting=target is run.source)
-            start = 0
-            for part, piece in zip(parts, pieces, strict=True):
-                end = start + len(part)
-                self._finish(run, target, part, piece.words, placed.words[start:end])
-                start = end
-                await asyncio.sleep(0)
-            self._tiers.settle(target, placed)
+            try:
+                start = 0
+                for part, piece in zip(parts, pieces, strict=True):
+                    end = start + len(part)
+                    self._finish(run, target, part, piece.words, placed.words[start:end])
+                    start = end
+                    await asyncio.sleep(0)
+            finally:
+                self._tiers.settle(target, placed)
         except VswapError as error:
             run.moved.error = error
         finally:

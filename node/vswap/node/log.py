@@ -158,8 +158,13 @@ class SegmentLog:
                 need=need, room=self._tier.room(compacting=compacting),
             )  # fmt: skip
         self._tier.writing += 1
+        writes = [asyncio.ensure_future(self._write(segment)) for segment in segments]
         try:
-            done = await asyncio.gather(*map(self._write, segments), return_exceptions=True)
+            done = await asyncio.gather(*writes, return_exceptions=True)
+        except asyncio.CancelledError:
+            for write in writes:
+                write.add_done_callback(self._abandon)
+            raise
         finally:
             self._tier.writing -= 1
         failures = [result for result in done if isinstance(result, BaseException)]
@@ -173,6 +178,11 @@ class SegmentLog:
     def settle(self, placed: Placed) -> None:
         for handle in placed.segments:
             self._reaper.unpin(handle)
+
+    def _abandon(self, write: asyncio.Future[tuple[U64, int]]) -> None:
+        """A write whose caller is gone: nothing will ever point at it."""
+        if not write.cancelled() and write.exception() is None:
+            self._reaper.unpin(write.result()[1])
 
     async def _write(self, parts: Sequence[Records]) -> tuple[U64, int]:
         stored = segment_size(parts)

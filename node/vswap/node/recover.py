@@ -66,6 +66,10 @@ def recover(handles: Handles, ledger: Ledger, spaces: Spaces, tiers: Tiers, reap
         else:
             handles.set_state(handle, DELETING)
             reaper.delete_later(handle)
+    for tier in tiers:
+        if not tier.local:
+            # What it holds was granted; more is up to the coordinator.
+            tier.limit_bytes = tier.stored_bytes
     logger.info(
         "took up the last life's pages",
         pages=int(ledger.pages_by_tag.sum()), segments=kept, dropped_segments=dropped,

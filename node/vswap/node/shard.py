@@ -23,7 +23,7 @@ from vswap.node.codecs import Codecs
 from vswap.node.directives import Directives
 from vswap.node.evacuator import Evacuator
 from vswap.node.grants import Grants
-from vswap.node.handles import FILE, Handles, boot_id
+from vswap.node.handles import FILE, Handles, begun, boot_id
 from vswap.node.ledger import Ledger
 from vswap.node.log import RamLog, SegmentLog
 from vswap.node.pager import Pager
@@ -92,7 +92,7 @@ class Shard:
         return self
 
     async def _open(self, specs: list[TierSpec], *, fresh: bool) -> None:
-        new = fresh or not self._region.exists(FILE)
+        new = fresh or not begun(self._region)
         if not new:
             self.handles = Handles(self._region, fresh=None)
             if self.handles.boot != boot_id():
@@ -124,9 +124,8 @@ class Shard:
             # A tier that holds pages already may come back; the others are served meanwhile.
             if problem is not None and tier.local and not tier.segments:
                 raise type(problem)(f"tier {tier.name}: {problem}", **problem.fields)
-        self._spawn(self.reaper.run())
-        self._spawn(self._promoter.run())
-        self._spawn(self._housekeeping())
+        for work in (self.reaper.run, self._promoter.run, self._housekeeping):
+            self._spawn(work)
 
     def _erase(self) -> None:
         """Removes the state of another life; its segments on backends are swept as strangers."""
@@ -165,15 +164,10 @@ class Shard:
     def _tier_of(self, handle: int) -> Tier:
         return self.tiers.by_tag(int(self.handles.rows["tag"][handle]))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.create_task(_for_ever(work))
         self._background.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("a background task failed", exc_info=task.exception())
+        task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
         """Stops the movers and closes everything. The pages stay, for the next life."""
@@ -454,3 +448,13 @@ class Shard:
     def table_bytes(self) -> int:
         """Shared memory that the swap tables take."""
         return sum(space.table.allocated_bytes for space in self.spaces)
+
+
+async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs a background loop; a defect in it is logged and does not end it."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            logger.exception("a background task failed; it starts again", task=work.__qualname__)
+            await asyncio.sleep(_TICK_S)
