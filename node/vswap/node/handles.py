@@ -70,6 +70,14 @@ def boot_id() -> bytes:
         return UUID(file.read().strip()).bytes
 
 
+def begun(region: Region) -> bool:
+    """Whether a shard is there. The magic comes last, so half of a first start does not count."""
+    if not region.exists(FILE):
+        return False
+    with open(region.directory / FILE, "rb") as file:
+        return any(file.read(len(MAGIC)))
+
+
 class Handles:
     """The shard's segments. Written by the event loop alone.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,14 @@ from vswap.node.entry import TAGS
 from vswap.node.table import MAX_SLOTS, SwapTable
 from vswap.tiers.record import I64
 from vswap.tiers.region import Region
-from vswap.wire.errors import AlreadyExists, InvalidRequest, StateInvalid, UnknownSpace
+from vswap.wire.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    OutOfTiers,
+    StateInvalid,
+    UnknownSpace,
+    VswapError,
+)
 
 DEFAULT_MAX_SLOTS = 1 << 28
 MIN_PAGE_BYTES = 4096
@@ -147,7 +155,12 @@ class Spaces:
             self._region, number, name, page_bytes, max_slots, limits or Limits(), create=True
         )
         self._by_name[name] = self.by_number[number] = space
-        self._save()
+        try:
+            self._save()
+        except VswapError:
+            del self._by_name[name], self.by_number[number]
+            space.table.close(unlink=True)
+            raise
         return space
 
     def change(self, name: str, limits: Limits, max_slots: int = 0) -> Space:
@@ -159,17 +172,27 @@ class Spaces:
             )
         if max_slots > MAX_SLOTS:
             raise InvalidRequest(f"maximum of {max_slots} slots: 1 to {MAX_SLOTS}")
-        space.limits = limits
-        if max_slots > space.max_slots:
-            space.table.grow(max_slots)
-            space.max_slots = max_slots
-        self._save()
+        before = space.limits, space.max_slots
+        space.limits, space.max_slots = limits, max_slots or space.max_slots
+        try:
+            # First the file: a table that is shorter than it says grows at the next start.
+            self._save()
+            if space.max_slots > before[1]:
+                space.table.grow(space.max_slots)
+        except BaseException:
+            space.limits, space.max_slots = before
+            raise
         return space
 
     def remove(self, space: Space) -> None:
         """Forgets a space whose slots have all been freed, and its table."""
         del self._by_name[space.name], self.by_number[space.number]
-        self._save()
+        try:
+            self._save()
+        except VswapError:
+            self._by_name[space.name] = self.by_number[space.number] = space
+            space.deleted = False
+            raise
         space.table.close(unlink=True)
 
     def hide(self, space: Space) -> None:
@@ -209,11 +232,20 @@ class Spaces:
 
 
 def replace_json(path: Path, state: object) -> None:
-    """Writes a small state file so that a kill leaves the old one or the new one."""
+    """Writes a small state file so that a kill leaves the old one or the new one.
+
+    Raises OutOfTiers when shared memory is full; the old one stays then.
+    """
     temporary = path.with_suffix(".new")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(state, file, indent=1)
-    temporary.replace(path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(state, file, indent=1)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutOfTiers(f"shared memory at {path.parent} is full (writing {path.name})") from error
 
 
 def load_json(path: Path, version: int) -> dict[str, Any]:

@@ -115,8 +115,15 @@ class StateDirectory:
                 f"state directory {self.path} belongs to a running process (pid {pid})",
                 path=str(self.path), pid=pid,
             ) from error  # fmt: skip
-        os.ftruncate(self._fd, 0)
-        os.write(self._fd, str(os.getpid()).encode())
+        try:
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, str(os.getpid()).encode())
+        except OSError as error:
+            self.unlock()
+            raise StateInvalid(
+                f"state directory {self.path} cannot be written: {error.strerror}",
+                path=str(self.path),
+            ) from error
 
     def _make(self) -> None:
         for missing in reversed([p for p in (self.path, *self.path.parents) if not p.exists()]):
