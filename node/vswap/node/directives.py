@@ -257,16 +257,20 @@ class Directives:
                 return
 
     async def _ready(self, targets: list[Tier], need_bytes: int, *, compacting: bool) -> None:
-        """Has grants for the first writable cluster target where nothing else has room."""
+        """Has grants for the first writable cluster target where nothing else has room.
+
+        Choosers want room for a whole segment beyond what is promised.
+        """
         for target in targets:
             self._grants.ahead(target, min(need_bytes, 64 * 2**20))
         for target in targets:
             if not target.writable:
                 continue
-            room = target.room(compacting=compacting) - self._evacuator.promised[target.tag]
-            if room >= need_bytes:
+            need = need_bytes + (0 if compacting else target.backend.segment_bytes)
+            promised = self._evacuator.promised[target.tag]
+            if target.room(compacting=compacting) - promised >= need:
                 return
-            if await self._grants.want(target, need_bytes):
+            if await self._grants.want(target, need + promised):
                 return
 
     # ---------------------------------------------------------------- looking

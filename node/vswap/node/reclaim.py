@@ -147,10 +147,10 @@ class Reclaim:
         return await self._evacuator.evacuate(tier, segments[:_ROUND_SEGMENTS].tolist(), choose)
 
     async def _any_room(self, targets: list[Tier]) -> bool:
-        if any(t.writable and self._free(t) > 0 for t in targets):
+        if any(t.writable and self._free(t) >= t.backend.segment_bytes for t in targets):
             return True
         for target in targets:
-            if await self._grants.want(target, target.backend.segment_bytes):
+            if await self._grants.want(target, 2 * target.backend.segment_bytes):
                 return True
         return False
 
