@@ -43,7 +43,7 @@ from vswap.wire.errors import (
 
 _MAX_TOKENS = 4096
 _REREADS = 2
-_RECLAIM_DEADLINE_S = 30.0
+_RECLAIM_DEADLINE_S = 10.0
 
 
 @dataclass(slots=True)
@@ -159,24 +159,26 @@ class Pager:
     async def _place(
         self, space: Space, slots: U64, part: slice,
         records_for: Callable[[Tier], Awaitable[Records]], done: list[tuple[Tier, Placed, slice]],
+        *, patient: bool = True,
     ) -> None:  # fmt: skip
         """Places a part of the batch in one tier, or, where none has room for all of it, in halves.
 
-        What was placed is added to ``done``, also when the rest then finds no room.
+        What was placed is added to ``done``, also when the rest then finds no room. Only the whole
+        batch waits for reclaim and grants; its parts take what there is.
         """
         try:
-            tier, placed = await self._place_in_one(space, slots, part, records_for)
+            tier, placed = await self._place_in_one(space, slots, part, records_for, patient)
             done.append((tier, placed, part))
         except OutOfTiers:
             if part.stop - part.start < 2:
                 raise
             middle = (part.start + part.stop) // 2
-            await self._place(space, slots, slice(part.start, middle), records_for, done)
-            await self._place(space, slots, slice(middle, part.stop), records_for, done)
+            for half in (slice(part.start, middle), slice(middle, part.stop)):
+                await self._place(space, slots, half, records_for, done, patient=False)
 
     async def _place_in_one(
         self, space: Space, slots: U64, part: slice,
-        records_for: Callable[[Tier], Awaitable[Records]],
+        records_for: Callable[[Tier], Awaitable[Records]], patient: bool,
     ) -> tuple[Tier, Placed]:  # fmt: skip
         """Finds room: RAM at once, else RAM after reclaim, else straight to a slower tier."""
         allowed = [tier for tier in self._tiers if space.limits.allows(tier.name)]
@@ -199,7 +201,9 @@ class Pager:
                 except OutOfTiers as error:
                     refused = error
                     full.append((tier, need))
-            if not full or self._clock() > deadline or not await self._make_room(full):
+            if not patient or not full or self._clock() > deadline:
+                break
+            if not await self._make_room(full):
                 break
         for tier in allowed:
             if tier.ram is not None or not tier.writable:
@@ -216,7 +220,7 @@ class Pager:
                     break
                 except OutOfTiers as error:
                     refused = error
-                    if not await self._want_grant(tier, need):
+                    if not patient or not await self._want_grant(tier, need):
                         break
                 except (TierUnavailable, OutcomeUnknown):
                     break

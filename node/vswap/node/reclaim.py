@@ -130,7 +130,7 @@ class Reclaim:
         stored = self._handles.rows["stored"][segments].astype(np.int64)
         if 1.0 - live.sum() / max(int(stored.sum()), 1) > _GARBAGE_SHARE:
             moved = await self._compact(tier)
-            if moved is not None:
+            if moved is not None and moved.pages:
                 return moved
         slower = self._tiers.slower(tier)
         for target in slower:
