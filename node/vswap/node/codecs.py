@@ -27,7 +27,7 @@ from vswap.tiers.record import (
 
 T = TypeVar("T")
 
-INLINE_ENCODE_PAGES = 8
+INLINE_ENCODE_PAGES = 16
 INLINE_DECODE_PAGES = 32
 _SPLIT_PAGES = 128
 _SHIFT_MASK = np.uint64(31)
