@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
 
-_PIPE_COLUMNS = 120
+_PIPE_COLUMNS = 500
 
 
 def stdout() -> Console:
@@ -36,12 +36,12 @@ def _console(stream: Any) -> Console:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
     """A plain table; columns whose name starts with ">" are right-aligned."""
     result = Table(box=None, title=title or None, title_justify="left", pad_edge=False)
-    for column in columns:
+    for index, column in enumerate(columns):
         result.add_column(
             column.removeprefix(">"),
             justify="right" if column.startswith(">") else "left",
-            no_wrap=True,
-            overflow="fold",
+            # What explains comes last and gives way where a terminal is narrow.
+            no_wrap=index < len(columns) - 1,
         )
     for row in rows:
         result.add_row(*row)

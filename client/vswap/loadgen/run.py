@@ -116,8 +116,12 @@ class LoadRun:
         seconds: float | None = None,
         pages: int | None = None,
         until: asyncio.Event | None = None,
+        rate_pages_s: float | None = None,
     ) -> Meter:
-        """The workload until the first of the given bounds: time, page operations, an event."""
+        """The workload until the first of the given bounds: time, page operations, an event.
+
+        ``rate_pages_s`` is that of the spec if not given.
+        """
         begin_s = time.monotonic()
         meter = Meter()
 
@@ -128,7 +132,8 @@ class LoadRun:
                 or (until is not None and until.is_set())
             )
 
-        paces = dict(zip(self.stripes, self._paces(begin_s), strict=True))
+        rate = self.spec.rate_pages_s if rate_pages_s is None else rate_pages_s
+        paces = dict(zip(self.stripes, self._paces(begin_s, rate), strict=True))
         return await self._phase(lambda stripe, m: stripe.run(m, more, paces[stripe]), meter)
 
     async def overwrite(self, share: float) -> Meter:
@@ -206,11 +211,11 @@ class LoadRun:
     def _rng(self, stripe: Stripe) -> np.random.Generator:
         return np.random.default_rng([self.spec.seed, stripe.ledger.first, self.total.ops])
 
-    def _paces(self, begin_s: float) -> list[Pace | None]:
-        if not self.spec.rate_pages_s:
+    def _paces(self, begin_s: float, rate_pages_s: float) -> list[Pace | None]:
+        if not rate_pages_s:
             return [None for _ in self.stripes]
-        page_s = self.spec.clients / self.spec.rate_pages_s
-        shift_s = self.spec.batch / self.spec.rate_pages_s
+        page_s = self.spec.clients / rate_pages_s
+        shift_s = self.spec.batch / rate_pages_s
         return [Pace(begin_s + at * shift_s, page_s) for at, _ in enumerate(self.stripes)]
 
     async def _stripe(self, index: int) -> Stripe:

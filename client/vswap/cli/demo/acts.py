@@ -27,10 +27,15 @@ SAMPLE_PAGES = 2000
 SAMPLE_SHARES = 20
 OVERWRITTEN = 0.05
 FREED_OF_COMPACTED = 0.62
-MIGRATED_BYTES = 16 << 20
+MIGRATED_SHARE = 8
+"""One part in so many of the destination's capacity."""
 COMPACT_TARGET = 0.92
 
+# Of the speed of the fill.
+LOAD_SHARE = 0.4
+
 _POLL_S = 0.1
+_STALLED_S = 60.0
 
 
 class Acts:
@@ -51,6 +56,7 @@ class Acts:
         self._story = story
         self._base = base
         self._seconds = seconds
+        self._rate_pages_s = 0.0
         self.result = Result()
 
     async def fill(self) -> None:
@@ -76,23 +82,30 @@ class Acts:
         took_s = await self._story.during(
             work(), self._look(lambda: f"{units.count(self._run.now.pages_stored)} pages stored")
         )
+        self._rate_pages_s = LOAD_SHARE * self._cluster.plan.pages / took_s
         self.result.logical_bytes = self._run.held_pages() * PAGE_BYTES
         self.result.tiers = await self._tiers()
         self._story.line(
             f"{units.size(self.result.logical_bytes)} of pages stored in {units.duration(took_s)}"
         )
         self._story.table(self.result.tiers)
-        await self._check_sample("its pages lie in")
+        await self._show_sample()
 
     async def before(self) -> None:
-        """Load without anything else going on: what the drain is compared with."""
+        """Load without anything else going on: what the drain is compared with.
+
+        At a fixed rate, well below what the machine can do: at its limit latencies would only tell
+        how many requests queue.
+        """
         seconds = self._seconds / 2
         begin_s = time.monotonic()
-        self.result.before = await self._run.run(seconds=seconds)
+        self.result.before = await self._run.run(seconds=seconds, rate_pages_s=self._rate_pages_s)
         self.result.before_s = time.monotonic() - begin_s
         self._story.line(
             f"{units.count(self.result.before.pages)} page operations in "
-            f"{units.duration(self.result.before_s)}, every loaded page checked"
+            f"{units.duration(self.result.before_s)}, every loaded page checked (at a fixed rate "
+            f"of {units.count(round(self._rate_pages_s))} pages/s, {LOAD_SHARE:.0%} of the speed "
+            "of the fill)"
         )
 
     async def drain(self) -> None:
@@ -106,7 +119,7 @@ class Acts:
         spec = coordinator_pb2.JobSpec(kind="MOVE_KIND_DRAIN", tier=REDIS_A, rate_bytes_s=rate)
         self._story.line(f"vswap drain {REDIS_A} --rate {units.rate(rate).replace(' ', '')}")
         stop = asyncio.Event()
-        load = asyncio.create_task(self._run.run(until=stop))
+        load = asyncio.create_task(self._run.run(until=stop, rate_pages_s=self._rate_pages_s))
         try:
             job = await self._job(spec)
         finally:
@@ -137,7 +150,7 @@ class Acts:
         await asyncio.to_thread(self._cluster.operator.remove_tier, REDIS_A)
         self._cluster.redis.pop(REDIS_A).stop()
         self._story.line(f"{REDIS_A} is switched off")
-        await self._check_sample("its pages lie in")
+        await self._check_sample()
 
     async def change(self) -> None:
         """Overwrite and free, which leaves dead records behind."""
@@ -146,9 +159,10 @@ class Acts:
         await asyncio.to_thread(self._sample.change, SAMPLE_PAGES // 10, SAMPLE_PAGES // 10)
         self._story.line(
             f"{units.count(written.pages_stored)} pages overwritten, "
-            f"{units.count(freed.pages_freed)} pages of {REDIS_B} freed"
+            f"{units.count(freed.pages_freed)} pages of {REDIS_B} freed; the client with the list "
+            f"overwrote {SAMPLE_PAGES // 10} of its pages and freed as many"
         )
-        await self._check_sample("its pages lie in")
+        await self._show_sample()
 
     async def compact(self) -> None:
         """Rewrite what is left in a Redis server so that it takes no more than it needs."""
@@ -178,17 +192,19 @@ class Acts:
             f"now it lists {units.size(after)} ({units.percent(live_after / after)} in use); "
             f"used_memory {units.size(memory_before)} before, {units.size(memory_after)} after"
         )
-        await self._check_sample("its pages lie in")
+        await self._show_sample()
 
     async def migrate(self) -> None:
         """Bring some pages back from disk to the room that compaction made."""
+        budget = self._cluster.plan.capacity_bytes[REDIS_B] // MIGRATED_SHARE >> 20 << 20
+        budget = max(budget, 1 << 20)
         spec = coordinator_pb2.JobSpec(
             kind="MOVE_KIND_MIGRATE",
             tier=OBJECTS,
             destination=REDIS_B,
-            byte_budget=MIGRATED_BYTES,
+            byte_budget=budget,
         )
-        amount = units.size(MIGRATED_BYTES).replace(" ", "").replace(".0", "")
+        amount = units.size(budget).replace(" ", "").replace(".0", "")
         self._story.line(f"vswap migrate --from {OBJECTS} --to {REDIS_B} --bytes {amount}")
         job = await self._job(spec)
         self.result.migration = {
@@ -200,7 +216,7 @@ class Acts:
         self._story.line(
             f"{units.count(job.pages_moved)} pages moved ({units.size(job.bytes_moved)})"
         )
-        await self._check_sample("its pages lie in")
+        await self._show_sample()
 
     async def read_back(self) -> None:
         """Load every page by the slot number it was first stored under."""
@@ -213,6 +229,7 @@ class Acts:
             f"{units.count(meter.pages_loaded)} pages loaded by the numbers they were stored "
             f"under: {meter.wrong_pages} wrong, {meter.lost_pages} lost"
         )
+        await self._check_sample()
         sample = self._sample
         self.result.sample = {
             "pages": len(sample.noted),
@@ -230,11 +247,18 @@ class Acts:
         newest = [job]
 
         async def work() -> Job:
+            moved_at_s = time.monotonic()
             while watch.state_of(newest[0]) not in watch.ENDED:
                 await asyncio.sleep(_POLL_S)
                 for other in await asyncio.to_thread(operator.jobs, ended=True):
                     if other.id == job.id:
+                        if other.bytes_moved != newest[0].bytes_moved:
+                            moved_at_s = time.monotonic()
                         newest[0] = other
+                if time.monotonic() - moved_at_s > _STALLED_S:
+                    raise InternalError(
+                        f"no progress for {_STALLED_S:.0f} s: {watch.progress_line(newest[0])}"
+                    )
             return newest[0]
 
         ended = await self._story.during(work(), self._look(lambda: watch.progress_line(newest[0])))
@@ -242,14 +266,22 @@ class Acts:
             raise InternalError(f"{watch.title(ended)} {watch.state_of(ended)}: {ended.reason}")
         return ended
 
-    async def _check_sample(self, what: str) -> None:
-        wrong = await asyncio.to_thread(self._sample.check)
+    async def _show_sample(self) -> None:
+        """Where the sample's pages lie. Loading them each time would only pull them into RAM."""
         places: Counter[str] = await asyncio.to_thread(self._sample.places)
-        lie = ", ".join(f"{name} {units.count(count)}" for name, count in places.most_common())
-        verdict = "all as noted" if not wrong else f"{wrong} WRONG"
+        lie = ", ".join(f"{units.count(count)} in {name}" for name, count in places.most_common())
         self._story.line(
-            f"a client with {units.count(len(self._sample.noted))} slot numbers on a list: "
-            f"{verdict}; {what} {lie}",
+            f"a client keeps a list of {units.count(len(self._sample.noted))} slot numbers; "
+            f"the pages are now: {lie}"
+        )
+
+    async def _check_sample(self) -> None:
+        """Load every page of the sample by its number."""
+        await self._show_sample()
+        wrong = await asyncio.to_thread(self._sample.check)
+        self._story.line(
+            f"it loads all {units.count(len(self._sample.noted))} by the numbers on its list: "
+            + ("every page as noted" if not wrong else f"{wrong} WRONG"),
             style="" if not wrong else "bold red",
         )
 

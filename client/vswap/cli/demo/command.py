@@ -101,6 +101,9 @@ def _play(story: Story, seconds: float, nodes: int, pages: int, keep: bool) -> R
     except KeyboardInterrupt:
         story.line("interrupted: stopping everything")
         raise
+    except Exception:
+        story.line(f"the daemons' logs are kept in {stage.keep_logs()}", style="bold red")
+        raise
     finally:
         # From here on a second Ctrl-C would leave things behind.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

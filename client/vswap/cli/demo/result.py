@@ -93,7 +93,7 @@ class Result:
             ),
             Claim(
                 f"a client found its {units.count(sample['pages'])} pages under the slot numbers "
-                f"it had noted, after every act; {sample['wrong_pages']} wrong",
+                f"it had noted, overwritten and freed ones included; {sample['wrong_pages']} wrong",
                 sample["wrong_pages"] == 0,
                 integrity=True,
             ),

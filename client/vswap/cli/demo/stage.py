@@ -77,6 +77,12 @@ class Stage:
         for name in ("objects", "logs", "redis-a", "redis-b"):
             (self.directory / name).mkdir()
 
+    def keep_logs(self) -> Path:
+        """Copy the daemons' logs to where `remove` leaves them alone; returns where."""
+        target = Path(tempfile.mkdtemp(prefix="vswap-logs-"))
+        shutil.copytree(self.directory / "logs", target, dirs_exist_ok=True)
+        return target
+
     def remove(self) -> None:
         """Remove everything. Idempotent."""
         _remove(self.directory)

@@ -24,7 +24,7 @@ WHERE = {
     REDIS_A: "a Redis server",
     REDIS_B: "another Redis server",
     OBJECTS: "files on disk",
-    "fill": "nowhere: the page table entry itself",
+    "fill": "nowhere: the slot's entry says it all",
 }
 
 _BAR = 24
