@@ -37,6 +37,8 @@ _BACKOFF_FIRST_S = 0.1
 _BACKOFF_MOST_S = 5.0
 _WELCOME_S = 10.0
 _BUSY_REPORT_S = 0.25
+_IDLE_REPORT_S = 0.5
+"""Jobs are planned on what nodes last reported: what was stored a moment ago must count."""
 
 logger = structlog.get_logger("vswap.node.control")
 
@@ -269,7 +271,7 @@ class Control:
                 self._report_due = False
                 report = messages.report(self._shard)
                 busy = any(p.state not in ("done", "failed") for p in report.directives)
-                period_s = min(self._lease_s / 3, _BUSY_REPORT_S if busy else self._lease_s)
+                period_s = min(self._lease_s / 3, _BUSY_REPORT_S if busy else _IDLE_REPORT_S)
                 next_report = loop.time() + period_s
                 await call.write(pb.NodeMessage(report=report))
             else:

@@ -145,6 +145,9 @@ class Directives:
 
     async def _run(self, directive: Directive, progress: Progress) -> None:
         pacer = self._make_pacer(directive.rate_bytes_s)
+        source = self._tiers.find(directive.tier)
+        if source is not None and source.ram is not None:
+            self._tiers.ram_log(source).seal()
         work = {
             MoveKind.DRAIN: self._drain,
             MoveKind.MIGRATE: self._migrate,

@@ -52,6 +52,13 @@ class RamLog:
     def is_head(self, handle: int) -> bool:
         return handle in self._heads
 
+    def seal(self) -> None:
+        """Closes the open blocks, so that they can be moved too; the next store opens others."""
+        heads, self._heads = self._heads, [None, None]
+        for head in heads:
+            if head is not None:
+                self._reaper.consider(head)
+
     def _blocks(self, stream: int) -> int:
         reserve = self._tier.reserve_bytes // self._arena.block_bytes if stream == STORES else 0
         return self._arena.free_blocks - reserve
