@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ import pytest
 from vswap.cli import exits
 from vswap.cli.demo.processes import Daemon
 from vswap.cli.embedded import EmbeddedRedis
+from vswap.cli.main import main
 from vswap.client import Client
 
 PAGES = 6000
@@ -55,14 +59,19 @@ class Small:
         return Daemon(kind, ["run", kind, *arguments], log, self.lock_fd, outlives=False)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*VSWAP, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={**os.environ, "VSWAP_COORDINATOR": self.address},
-        )
+        """The command, in this process (which spares its imports) but otherwise whole."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, VSWAP_COORDINATOR=self.address),
+            mock.patch.object(sys, "argv", ["vswap", *arguments]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
     def vswap(self, *arguments: str) -> str:
         done = self.run(*arguments)
@@ -74,6 +83,18 @@ class Small:
 
     def tier(self, name: str) -> Any:
         return next(t for t in self.json("tier", "list") if t["tier"]["spec"]["name"] == name)
+
+    def settled(self, name: str) -> Any:
+        """The tier as the coordinator sees it, once reports have caught up with the node."""
+        until_s = time.monotonic() + 20
+        while time.monotonic() < until_s:
+            info = self.tier(name)
+            shown = self.json("node", "show", "n1")
+            own = next(t for t in shown["tiers"] if t["tier"] == name)
+            if info["usage"]["pages"] == own["pages"] > 0:
+                return info
+            time.sleep(0.1)
+        raise AssertionError(f"{name}: {info['usage']} against {own}")
 
     def refused(self, code: int, *arguments: str) -> str:
         done = self.run(*arguments)
@@ -127,8 +148,7 @@ def whole(small: Small, pages: dict[int, bytes]) -> Iterator[None]:
 def test_lists_and_their_json(small: Small, pages: dict[int, bytes]) -> None:
     assert [node["name"] for node in small.json("node", "list")] == ["n1"]
     assert small.json("node", "show", "n1")["coordinator"] == "connected"
-    time.sleep(4)
-    tier = small.tier("red")
+    tier = small.settled("red")
     assert tier["tier"]["spec"]["capacity_bytes"] == 100 << 20
     assert tier["tier"]["state"] == "active"
     assert tier["usage"]["pages"] > 0
@@ -221,7 +241,7 @@ def test_a_drain_without_room_is_refused_with_the_figures(
 ) -> None:
     small.vswap("migrate", "--from", "disk", "--to", "red")
     small.vswap("tier", "set", "disk", "--capacity", "1M")
-    time.sleep(4)
+    small.settled("red")
     said = small.refused(exits.REFUSED, "drain", "red")
     assert "disk" in said
     assert small.tier("red")["tier"]["state"] == "active"
@@ -229,10 +249,11 @@ def test_a_drain_without_room_is_refused_with_the_figures(
 
 
 def test_a_second_node_of_the_name_is_refused(small: Small) -> None:
-    done = small.run(
-        "run", "node", "--name", "n1", "--listen", "127.0.0.1:0",
+    command = [
+        *VSWAP, "run", "node", "--name", "n1", "--listen", "127.0.0.1:0",
         "--coordinator", small.address, "--state", f"{small.directory}/other",
-    )  # fmt: skip
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == exits.REFUSED
     assert "n1" in done.stderr
 

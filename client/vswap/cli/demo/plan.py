@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from vswap.wire.errors import InvalidRequest
@@ -67,6 +66,8 @@ def make(nodes: int, pages: int, base: NDArray[np.uint8]) -> Plan:
         raise InvalidRequest(f"the demo runs 1 to 8 nodes, not {nodes}")
     if pages < LEAST_PAGES:
         raise InvalidRequest(f"{pages} pages do not fill every tier; at least {LEAST_PAGES}")
+    import zstandard
+
     compress = zstandard.ZstdCompressor(level=1).compress
     sample = base[:1024]
     record_bytes = sum(len(compress(row.tobytes())) for row in sample) / len(sample) + _RECORD_BYTES
