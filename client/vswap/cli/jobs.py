@@ -198,29 +198,33 @@ def _show(job: Job, as_json: bool) -> None:
     state = watch.state_of(job)
     if state == "planned":
         console.print(f"{watch.title(job)}: possible, nothing was changed", markup=False)
-        console.print(
-            f"would move {units.size(job.bytes_total)} ({units.count(job.pages_left)} pages)"
-        )
+        pages = f" ({units.count(job.pages_left)} pages)" if job.pages_left else ""
+        console.print(f"would move {units.size(job.bytes_total)}{pages}")
     else:
         took = f" in {units.duration(job.ended_at - job.created_at)}" if job.ended_at else ""
         console.print(f"job {job.id}: {watch.progress_line(job)}{took}", markup=False)
         if state in ("running", "blocked"):
             started = units.duration(max(0.0, time.time() - job.created_at))
             console.print(f"started {started} ago; follow it: vswap job watch {job.id}")
-    if job.room_bytes and state == "planned":
+    if state == "planned":
         rooms = [(tier, units.size(room)) for tier, room in sorted(job.room_bytes.items())]
         console.print(output.table(("ROOM IN", ">BYTES"), rows=rooms))
-    if job.nodes:
-        rows = [
-            (
-                node.node,
-                node.state,
-                units.count(node.pages_moved),
-                units.size(node.bytes_moved),
-                units.size(node.bytes_left),
-                node.reason or "-",
-            )
-            for node in job.nodes
-        ]
-        columns = ("NODE", "STATE", ">PAGES MOVED", ">MOVED", ">LEFT", "REASON")
-        console.print(output.table(columns, rows))
+        loads = [(node.node, units.size(node.bytes_left)) for node in job.nodes]
+        console.print(output.table(("NODE", ">WOULD MOVE"), loads))
+    elif job.nodes:
+        console.print(_nodes(job))
+
+
+def _nodes(job: Job) -> Table:
+    rows = [
+        (
+            node.node,
+            node.state,
+            units.count(node.pages_moved),
+            units.size(node.bytes_moved),
+            units.size(node.bytes_left),
+            node.reason or "-",
+        )
+        for node in job.nodes
+    ]
+    return output.table(("NODE", "STATE", ">PAGES MOVED", ">MOVED", ">LEFT", "REASON"), rows)

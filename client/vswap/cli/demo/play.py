@@ -137,7 +137,9 @@ def _how_to_go_on(story: Story, cluster: Cluster) -> None:
     stop.write_text(
         "#!/bin/sh\n# Stops this demo's processes (and no others) and removes its files.\n"
         f"for pid in {' '.join(map(str, pids))}; do\n"
-        f"  grep -qs {directory.name} /proc/$pid/cmdline && kill $pid\n"
+        # A Redis server renames itself, but it works in its directory.
+        f"  {{ cat /proc/$pid/cmdline; readlink /proc/$pid/cwd; }} 2>/dev/null |\n"
+        f"    grep -aq {directory.name} && kill $pid\n"
         "done\n"
         f"sleep 2\nrm -rf {directory} {state}\n"
     )
