@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -83,6 +82,7 @@ def loadgen(
 
     Exit code 5 if any page was wrong or lost; otherwise the code of the first failed request.
     """
+    output.check_writable(json_file)
     addresses = node_address or _addresses(coordinator, node)
     spec = LoadSpec(
         workload=kind,
@@ -96,7 +96,7 @@ def loadgen(
         seed=seed,
         first_slot=first_slot,
     )
-    with Client(addresses[0]) as client:
+    with Client(addresses[0], retry_s=0) as client:
         page_bytes = client.space(space).page_bytes
     base = corpus.build(content, page_bytes, seed)
     console = output.stderr()
@@ -131,11 +131,7 @@ def loadgen(
             phase("free", share=1.0)
     logical_bytes = max(held, measured.held_pages) * page_bytes
     result = report.as_json(total, measured.meter, took_s, logical_bytes, tiers)
-    if json_file is not None:
-        if str(json_file) == "-":
-            output.print_json(result)
-        else:
-            json_file.write_text(json.dumps(result, indent=2) + "\n")
+    output.write_json(json_file, result)
     for what, summary in result["latency_us"].items():
         figures = "  ".join(f"{name} {units.micros(value)}" for name, value in summary.items())
         say(f"{what} of up to {batch} pages: {figures}")

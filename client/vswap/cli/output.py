@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import Message
 from rich.console import Console
 from rich.table import Table
+
+from vswap.wire.errors import InvalidRequest
 
 _PIPE_COLUMNS = 500
 
@@ -52,6 +55,23 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def check_writable(file: Path | None) -> None:
+    """InvalidRequest unless `write_json` will be able to write there: asked before long work."""
+    if file is not None and str(file) != "-":
+        try:
+            file.touch()
+        except OSError as error:
+            raise InvalidRequest(f"cannot write {file}: {error.strerror}") from error
+
+
+def write_json(file: Path | None, value: Any) -> None:
+    """One JSON document to a file, to stdout for "-", nowhere for None."""
+    if file is not None and str(file) == "-":
+        print_json(value)
+    elif file is not None:
+        file.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def plain(message: Message) -> dict[str, Any]:

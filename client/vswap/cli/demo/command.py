@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -39,18 +38,11 @@ def demo(
     from vswap.cli.demo.play import play
     from vswap.cli.demo.story import Story
 
-    to_stdout = json_file is not None and str(json_file) == "-"
-    if json_file is not None and not to_stdout:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.touch()
-    console = output.stderr() if to_stdout else output.stdout()
+    output.check_writable(json_file)
+    console = output.stderr() if str(json_file) == "-" else output.stdout()
     story = Story(console)
     result = play(story, seconds, nodes, pages, keep)
-    if json_file is not None:
-        if to_stdout:
-            output.print_json(result.as_json())
-        else:
-            json_file.write_text(json.dumps(result.as_json(), indent=2) + "\n")
+    output.write_json(json_file, result.as_json())
     broken = [claim for claim in result.claims() if not claim.holds]
     if broken:
         integrity = any(claim.integrity for claim in broken)

@@ -24,10 +24,11 @@ WHERE = {
     REDIS_A: "a Redis server",
     REDIS_B: "another Redis server",
     OBJECTS: "files on disk",
-    "fill": "nowhere: the slot's entry says it all",
+    "fill": "nowhere: the slot says it all",
 }
 
 _BAR = 24
+_WIDE = 110
 _LINE_EVERY_S = 3.0
 _LIVE_EVERY_S = 0.25
 
@@ -50,7 +51,10 @@ class Story:
         self._console.print(Text(f"   {text}", style=style))
 
     def table(self, tiers: Tiers) -> None:
-        self._console.print(_indented(tier_table(tiers)))
+        self._console.print(self._table(tiers))
+
+    def _table(self, tiers: Tiers) -> Table:
+        return _indented(tier_table(tiers, where=self._console.width >= _WIDE))
 
     async def during(
         self, work: Awaitable[T], look: Callable[[], Awaitable[tuple[str, Tiers]]]
@@ -74,7 +78,7 @@ class Story:
         with Live(console=self._console, transient=True, auto_refresh=False) as live:
             while not await _ended(task, _LIVE_EVERY_S):
                 line, tiers = await look()
-                live.update(Group(Text(f"   {line}"), _indented(tier_table(tiers))), refresh=True)
+                live.update(Group(Text(f"   {line}"), self._table(tiers)), refresh=True)
 
     async def _lines(
         self,
@@ -95,8 +99,8 @@ def page_shares(tiers: Tiers) -> dict[str, float]:
     return {name: tier["pages"] / max(1, pages) for name, tier in tiers.items()}
 
 
-def tier_table(tiers: Tiers) -> Table:
-    """One row per tier with a bar for its share of the pages."""
+def tier_table(tiers: Tiers, *, where: bool) -> Table:
+    """One row per tier with a bar for its share of the pages; ``where`` it is, if there is room."""
     shares = page_shares(tiers)
     rows = [
         (
@@ -106,12 +110,12 @@ def tier_table(tiers: Tiers) -> Table:
             units.percent(shares[name]),
             units.size(tier["logical_bytes"]),
             units.size(tier["stored_bytes"]),
-            WHERE.get(name, ""),
+            *([WHERE.get(name, "")] if where else []),
         )
         for name, tier in tiers.items()
     ]
-    columns = ("TIER", ">PAGES", "", ">", ">PAGE BYTES", ">STORED AS", "WHERE")
-    return output.table(columns, rows)
+    columns = ["TIER", ">PAGES", "", ">", ">PAGE BYTES", ">STORED AS"]
+    return output.table([*columns, "WHERE"] if where else columns, rows)
 
 
 def _indented(table: Table) -> Table:
