@@ -99,7 +99,10 @@ class Choosers:
             if space is None or not space.limits.allows(target.name):
                 continue
             most = space.limits.tier_max_bytes.get(target.name)
-            own = room if most is None else min(room, most - int(space.bytes_by_tag[target.tag]))
+            own = room
+            if most is not None:
+                staged = self._evacuator.promised_to.get((number, target.tag), 0)
+                own = min(room, most - int(space.bytes_by_tag[target.tag]) - staged)
             wanted = open_[index]
             fits[index] = wanted & (np.cumsum(np.where(wanted, cost[index], 0)) <= own)
         taken = np.where(fits, cost, 0)

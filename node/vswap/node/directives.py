@@ -219,8 +219,10 @@ class Directives:
         await self._move(tier, segments, choose, [target], progress, pacer, until=spent)
         if progress.moved.error is not None:
             return False
-        if spent() or not self._old_enough(tier, directive.older_than_s):
+        if spent():
             return True
+        if not self._old_enough(tier, directive.older_than_s):
+            return await self._others_done(tier)
         if progress.moved.pages == before:
             # What is left may not go there (a space forbids it) or finds no room.
             if target.room() < target.backend.segment_bytes:
@@ -235,13 +237,20 @@ class Directives:
         segments, live, stored = self._columns(tier)
         picked = segments[below(live, stored, target)]
         if not len(picked):
-            return True
+            return await self._others_done(tier)
         before = (int(stored.sum()), len(segments))
         await self._move(tier, picked.tolist(), self._choosers.rewrite(), [tier], progress, pacer)
         if progress.moved.error is not None:
             return False
         segments, live, stored = self._columns(tier)
         return (int(stored.sum()), len(segments)) == before
+
+    async def _others_done(self, tier: Tier) -> bool:
+        """Nothing is left to pick; what another evacuation has in hand may yet come back."""
+        if not self._evacuator.busy_in(tier):
+            return True
+        await asyncio.sleep(0.05)
+        return False
 
     async def _move(
         self, tier: Tier, segments: list[int], choose: Chooser, targets: list[Tier],

@@ -28,7 +28,7 @@ import structlog
 from vswap.node import entry
 from vswap.node.codecs import Codecs
 from vswap.node.handles import OPEN, SEALED, Handles
-from vswap.node.ledger import Ledger
+from vswap.node.ledger import Ledger, by_space
 from vswap.node.log import MOVED
 from vswap.node.pacer import Pacer, Unpaced
 from vswap.node.reader import Reader
@@ -38,7 +38,7 @@ from vswap.node.tiers import Tiers
 from vswap.tiers import ram
 from vswap.tiers.record import U8, U32, U64, Mask, Records, meta_page_bytes
 from vswap.tiers.segment import parse
-from vswap.wire.errors import PageCorrupt, VswapError
+from vswap.wire.errors import PageCorrupt, PageLost, VswapError
 
 TURN_RECORDS = 64
 """Records copied or hashed in one turn of the loop: 2 MiB in one piece cost neighbours 1 ms."""
@@ -89,6 +89,8 @@ class _Run:
     moved: Moved
     staged: defaultdict[int, list[_Piece]] = field(default_factory=lambda: defaultdict(list))
     staged_bytes: Counter[int] = field(default_factory=Counter)
+    unreadable: VswapError | None = None
+    """Why a segment could not be read at all."""
     writes: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -113,6 +115,8 @@ class Evacuator:
         self._busy: set[int] = set()
         self.promised: Counter[int] = Counter()
         """Bytes staged for each tier and not yet charged there: choosers count them as taken."""
+        self.promised_to: Counter[tuple[int, int]] = Counter()
+        """The same by (space number, tag)."""
         self.counters: Counter[str] = Counter()
 
     def movable(self, tier: Tier) -> list[int]:
@@ -125,6 +129,10 @@ class Evacuator:
             and self._handles.state(handle) in states
             and not self._tiers.is_head(tier.tag, handle)
         ]
+
+    def busy_in(self, tier: Tier) -> bool:
+        """Whether an evacuation has segments of the tier in hand."""
+        return any(handle in self._busy for handle in tier.segments)
 
     async def evacuate(
         self,
@@ -156,12 +164,16 @@ class Evacuator:
                     and handle not in self._busy
                     and self._handles.state(handle) in (OPEN, SEALED)
                 ]
+                # Pinned before the pacer waits: they must be what they were when they were picked.
                 self._busy.update(batch)
+                self._handles.pins[batch] += 1
                 try:
                     await pace.take(sum(int(self._handles.live_bytes[h]) for h in batch))
                     await asyncio.gather(*(self._segment(run, tier, h, choose) for h in batch))
                 finally:
                     self._busy.difference_update(batch)
+                    for handle in batch:
+                        self._reaper.unpin(handle)
             for tag, pieces in run.staged.items():
                 while pieces:
                     await self._launch(run, tag)
@@ -171,31 +183,33 @@ class Evacuator:
                 task.cancel()
             await asyncio.gather(*run.writes, return_exceptions=True)
             for tag, pieces in run.staged.items():
-                self.promised[tag] -= run.staged_bytes[tag]
-                for piece in pieces:
-                    self._reaper.unpin(piece.handle)
+                self._release(tag, pieces)
+        if run.moved.error is None:
+            run.moved.error = run.unreadable
         return run.moved
 
     # ---------------------------------------------------------------- steps 1 to 4
 
     async def _segment(self, run: _Run, tier: Tier, handle: int, choose: Chooser) -> None:
-        self._handles.pins[handle] += 1
+        if not self._handles.live_records[handle]:
+            return
         try:
-            try:
-                records, loc = await self._read(tier, handle)
-            except VswapError as error:
-                run.moved.error = error
+            records, loc = await self._read(tier, handle)
+        except (PageLost, PageCorrupt) as error:
+            # It keeps a drain open, but must not hold up its neighbours.
+            run.unreadable = error
+            return
+        except VswapError as error:
+            run.moved.error = error
+            return
+        words = entry.tier_words(tier.tag, handle, loc)
+        for start in range(0, len(records), CHOOSE_RECORDS):
+            turn = slice(start, start + CHOOSE_RECORDS)
+            await self._turn(run, tier, handle, records.take(turn), words[turn], choose)
+            await asyncio.sleep(0)
+            if run.moved.error is not None:
                 return
-            words = entry.tier_words(tier.tag, handle, loc)
-            for start in range(0, len(records), CHOOSE_RECORDS):
-                turn = slice(start, start + CHOOSE_RECORDS)
-                await self._turn(run, tier, handle, records.take(turn), words[turn], choose)
-                await asyncio.sleep(0)
-                if run.moved.error is not None:
-                    return
-            run.moved.segments += 1
-        finally:
-            self._reaper.unpin(handle)
+        run.moved.segments += 1
 
     async def _turn(
         self, run: _Run, tier: Tier, handle: int, records: Records, words: U64, choose: Chooser
@@ -282,9 +296,8 @@ class Evacuator:
     async def _stage(self, run: _Run, tag: int, piece: _Piece) -> None:
         self._handles.pins[piece.handle] += 1
         run.staged[tag].append(piece)
-        cost = int(piece.records.cost.sum())
-        run.staged_bytes[tag] += cost
-        self.promised[tag] += cost
+        run.staged_bytes[tag] += int(piece.records.cost.sum())
+        self._promise(tag, piece.records, 1)
         while run.staged_bytes[tag] >= self._tiers.by_tag(tag).segment_bytes:
             await self._launch(run, tag)
 
@@ -297,9 +310,25 @@ class Evacuator:
             return
         cost = sum(int(piece.records.cost.sum()) for piece in pieces)
         run.staged_bytes[tag] -= cost
-        task = asyncio.create_task(self._write(run, tag, pieces, cost))
+        task = asyncio.create_task(self._write(run, tag, pieces))
         run.writes.add(task)
+        # Not in the task itself: one that is cancelled before its first step runs no finally.
+        task.add_done_callback(lambda _: self._release(tag, pieces))
         task.add_done_callback(run.writes.discard)
+
+    def _promise(self, tag: int, records: Records, sign: int) -> None:
+        cost = records.cost
+        self.promised[tag] += sign * int(cost.sum())
+        for number, index in by_space(records.space):
+            key = (number, tag)
+            self.promised_to[key] += sign * int(cost[index].sum())
+            if not self.promised_to[key]:
+                del self.promised_to[key]
+
+    def _release(self, tag: int, pieces: list[_Piece]) -> None:
+        for piece in pieces:
+            self._promise(tag, piece.records, -1)
+            self._reaper.unpin(piece.handle)
 
     def _take_segment(self, run: _Run, tag: int) -> list[_Piece]:
         """Takes what fills one segment off the staged pieces; splits the last one if need be."""
@@ -321,7 +350,7 @@ class Evacuator:
             break
         return taken
 
-    async def _write(self, run: _Run, tag: int, pieces: list[_Piece], cost: int) -> None:
+    async def _write(self, run: _Run, tag: int, pieces: list[_Piece]) -> None:
         target = self._tiers.by_tag(tag)
         try:
             parts = [await self._codecs.transcode(p.records, target.codec) for p in pieces]
@@ -338,10 +367,6 @@ class Evacuator:
                 self._tiers.settle(target, placed)
         except VswapError as error:
             run.moved.error = error
-        finally:
-            self.promised[tag] -= cost
-            for piece in pieces:
-                self._reaper.unpin(piece.handle)
 
     def _finish(self, run: _Run, target: Tier, records: Records, old: U64, new: U64) -> None:
         moved = self._ledger.flip_where(records, old, new)

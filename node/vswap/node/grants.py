@@ -45,7 +45,7 @@ class Grants:
         if tier.local or self.wanted is None or tier.state is not TierState.ACTIVE:
             return
         used = self._used(tier) + need_bytes
-        if used + self._headroom(tier) // 2 <= tier.limit_bytes:
+        if used + self._chunk(tier) // 2 + self._kept(tier) <= tier.limit_bytes:
             return
         total = used + self._headroom(tier)
         if self._asked.get(tier.name, 0) < total:
@@ -55,11 +55,18 @@ class Grants:
     def _used(self, tier: Tier) -> int:
         return tier.stored_bytes + self._promised(tier.tag)
 
+    def _chunk(self, tier: Tier) -> int:
+        """At most a sixteenth of the capacity, but room for two segments."""
+        return min(
+            _CHUNK_BYTES, max(tier.spec.capacity_bytes // 16, 2 * tier.backend.segment_bytes)
+        )
+
+    def _kept(self, tier: Tier) -> int:
+        """Of the limit, what stores cannot use."""
+        return max(tier.reserve_bytes, 2 * tier.backend.segment_bytes)
+
     def _headroom(self, tier: Tier) -> int:
-        """Of the node's share: at most a sixteenth of the capacity, but room for two segments."""
-        segment = tier.backend.segment_bytes
-        chunk = min(_CHUNK_BYTES, max(tier.spec.capacity_bytes // 16, 2 * segment))
-        return chunk + max(tier.reserve_bytes, 2 * segment)
+        return self._chunk(tier) + self._kept(tier)
 
     async def want(self, tier: Tier, need_bytes: int) -> bool:
         """Asks and waits a little; True if the tier now has room for ``need_bytes``."""

@@ -16,7 +16,7 @@ import numpy as np
 from vswap.node import entry
 from vswap.node.handles import DELETING, OPEN, SEALED, WRITING, Handles
 from vswap.node.reaper import Reaper
-from vswap.node.tier import Tier
+from vswap.node.tier import Tier, TierState
 from vswap.tiers import ram
 from vswap.tiers.backend import Read
 from vswap.tiers.record import ROW_BYTES, U64, Records, concatenate, cut, salt
@@ -164,6 +164,10 @@ class SegmentLog:
                 f"tier {self._tier.name} has no room for {need} bytes", tier=self._tier.name,
                 need=need, room=self._tier.room(compacting=compacting),
             )  # fmt: skip
+        if self._tier.state is not TierState.ACTIVE:
+            # In the turn in which the write counts as begun: what was chosen or encoded before a
+            # drain must not arrive after this node said that nothing will.
+            raise OutOfTiers(f"tier {self._tier.name} takes no pages", tier=self._tier.name)
         self._tier.writing += 1
         writes = [asyncio.ensure_future(self._write(segment)) for segment in segments]
         try:

@@ -44,6 +44,7 @@ from vswap.wire.errors import (
 _MAX_TOKENS = 4096
 _REREADS = 2
 _RECLAIM_DEADLINE_S = 10.0
+_RECLAIM_TRIES = 64
 
 
 @dataclass(slots=True)
@@ -186,7 +187,7 @@ class Pager:
         refused: VswapError | None = None
         need = (part.stop - part.start) * space.page_bytes
         deadline = self._clock() + _RECLAIM_DEADLINE_S
-        while True:
+        for _ in range(_RECLAIM_TRIES):
             full: list[tuple[Tier, int]] = []
             for tier in memory:
                 if not tier.writable:
@@ -246,36 +247,38 @@ class Pager:
             space=space.name, need=need, tiers=[t.name for t in allowed],
         )  # fmt: skip
 
-    def _check_limits(self, space: Space, slots: U64, added: int, tier: Tier | None) -> None:
+    def _check_limits(self, space: Space, slots: U64, added: int, tier: Tier) -> None:
         """Raises SpaceFull if replacing these slots by ``added`` bytes in ``tier`` breaks a limit.
 
         What the slots charge now counts as freed.
         """
+        self._check_quota(space, slots, added)
+        self._check_tier(space, slots, added, tier)
+
+    def _check_quota(self, space: Space, slots: U64, added: int) -> None:
         quota = space.limits.quota_bytes
-        most = space.limits.tier_max_bytes.get(tier.name) if tier else None
-        if not quota and most is None:
+        if not quota:
             return
-        old = space.table.get(slots)
-        tags = entry.tags(old)
-        cost = np.where(
-            (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER), entry.sizes(old) + ROW_BYTES, 0
-        )
-        if quota:
-            room = quota - space.live_bytes + int(cost.sum())
-            if added > room:
-                raise SpaceFull(
-                    f"space {space.name!r}: quota of {quota} bytes has room for {max(room, 0)}, "
-                    f"not for {added}",
-                    space=space.name, need=int(added), room=max(room, 0),
-                )  # fmt: skip
-        if most is not None and tier is not None:
-            room = most - int(space.bytes_by_tag[tier.tag]) + int(cost[tags == tier.tag].sum())
-            if added > room:
-                raise SpaceFull(
-                    f"space {space.name!r} may hold {most} bytes in tier {tier.name}, "
-                    f"which has room for {max(room, 0)}, not for {added}",
-                    space=space.name, need=int(added), room=max(room, 0), tier=tier.name,
-                )  # fmt: skip
+        room = quota - space.live_bytes + int(_charges(space, slots)[1].sum())
+        if added > room:
+            raise SpaceFull(
+                f"space {space.name!r}: quota of {quota} bytes has room for {max(room, 0)}, "
+                f"not for {added}",
+                space=space.name, need=added, room=max(room, 0),
+            )  # fmt: skip
+
+    def _check_tier(self, space: Space, slots: U64, added: int, tier: Tier) -> None:
+        most = space.limits.tier_max_bytes.get(tier.name)
+        if most is None:
+            return
+        tags, cost = _charges(space, slots)
+        room = most - int(space.bytes_by_tag[tier.tag]) + int(cost[tags == tier.tag].sum())
+        if added > room:
+            raise SpaceFull(
+                f"space {space.name!r} may hold {most} bytes in tier {tier.name}, "
+                f"which has room for {max(room, 0)}, not for {added}",
+                space=space.name, need=added, room=max(room, 0), tier=tier.name,
+            )  # fmt: skip
 
     def _commit(self, space: Space, slots: U64, listed: list[int], words: U64, ticket: int) -> None:
         """Flips what no newer operation has flipped. One turn; raises before anything changed."""
@@ -286,10 +289,12 @@ class Pager:
             slots, words = slots[won], words[won]
             listed = slots.tolist()
         tags = entry.tags(words)
-        added = int((entry.sizes(words) + ROW_BYTES)[tags >= entry.FIRST_TIER].sum())
-        if added:
-            tag = int(tags.max())
-            self._check_limits(space, slots, added, self._tiers.by_tag(tag))
+        cost = np.where(tags >= entry.FIRST_TIER, entry.sizes(words) + ROW_BYTES, 0)
+        if cost.any():
+            self._check_quota(space, slots, int(cost.sum()))
+            for tag in np.unique(tags[cost > 0]).tolist():
+                added = int(cost[tags == tag].sum())
+                self._check_tier(space, slots, added, self._tiers.by_tag(tag))
         space.table.reserve(slots)
         self._ledger.flip(space, slots, words, space.table.get(slots))
         self._tickets.flip(space.number, listed, ticket)
@@ -427,13 +432,14 @@ class Pager:
         if token in self._confirmed:
             return self._confirmed[token]
         self._expire_tokens()
-        pending = self._tokens.pop(token, None)
+        pending = self._tokens.get(token)
         if pending is None or pending.space is not space:
             raise StaleIncarnation(
                 f"token {token} of an exclusive load has expired; the pages are still stored "
                 "unless it was confirmed before",
                 token=token,
             )
+        del self._tokens[token]
         listed = pending.slots.tolist()
         now = self._tickets.newest(space.number, listed)
         self._drop(pending)
@@ -499,6 +505,14 @@ class Pager:
                 f"space {space.name!r} has {space.max_slots} slots; slot {int(bad[0])} is outside",
                 space=space.name, slots=bad.tolist(), max_slots=space.max_slots,
             )  # fmt: skip
+
+
+def _charges(space: Space, slots: U64) -> tuple[U8, I64]:
+    """Tags of the slots' entries, and the bytes that each charges now."""
+    old = space.table.get(slots)
+    tags = entry.tags(old)
+    in_tier = (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)
+    return tags, np.where(in_tier, entry.sizes(old) + ROW_BYTES, 0)
 
 
 def _last_wins(slots: U64, pages: U8) -> tuple[U64, U8]:

@@ -11,10 +11,13 @@ from collections import Counter
 
 import numpy as np
 
+from vswap.node import entry
 from vswap.node.codecs import Codecs
+from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
 from vswap.node.log import MOVED
 from vswap.node.reader import Found
+from vswap.node.reaper import Reaper
 from vswap.node.spaces import Space
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
@@ -31,7 +34,11 @@ _MOST_FULL = 0.95
 class Promoter:
     """Event loop only. Run :meth:`run` as a task."""
 
-    def __init__(self, ledger: Ledger, tiers: Tiers, codecs: Codecs) -> None:
+    def __init__(
+        self, handles: Handles, ledger: Ledger, tiers: Tiers, codecs: Codecs, reaper: Reaper
+    ) -> None:
+        self._handles = handles
+        self._reaper = reaper
         self._ledger = ledger
         self._tiers = tiers
         self._codecs = codecs
@@ -39,14 +46,23 @@ class Promoter:
         self.counters: Counter[str] = Counter()
 
     def offer(self, space: Space, slots: U64, words: U64, found: Found) -> None:
-        """Called by the pager after a load from a tier that is not RAM. Cheap; may do nothing."""
-        if self._queue.full():
+        """Called by the pager after a load from a tier that is not RAM. Cheap; may do nothing.
+
+        What is queued keeps its segments pinned: a handle that was recycled meanwhile could make
+        an old entry look like the slot's present one.
+        """
+        if self._queue.full() or space.deleted:
             return
-        hot = np.flatnonzero(space.table.heat(slots[found.index]) >= HOT_LOADS)
+        # The load has awaited since it looked: only slots that still say so have heat to read.
+        index, first = np.unique(found.index, return_index=True)
+        here = np.flatnonzero(space.table.get(slots[index]) == words[index])
+        hot = here[space.table.heat(slots[index[here]]) >= HOT_LOADS]
         if not len(hot) or self._target(space) is None:
             return
-        index = found.index[hot]
-        self._queue.put_nowait((space, found.records.take(hot), words[index]))
+        chosen = words[index[hot]]
+        distinct, keep = np.unique(chosen, return_index=True)
+        self._handles.pins[np.unique(entry.handles(distinct))] += 1
+        self._queue.put_nowait((space, found.records.take(first[hot][keep]), distinct))
 
     def _target(self, space: Space) -> Tier | None:
         for tier in self._tiers.ranked:
@@ -64,17 +80,21 @@ class Promoter:
         """Promotes what was offered, for ever."""
         while True:
             space, records, words = await self._queue.get()
-            target = self._target(space)
-            if target is None or space.deleted:
-                continue
-            distinct = np.unique(words, return_index=True)[1]
-            records, words = records.take(distinct), words[distinct]
             try:
-                ready = await self._codecs.transcode(records, target.codec)
-                placed = self._tiers.ram_log(target).place(ready, MOVED)
-            except VswapError:
-                self.counters["promotions_without_room"] += 1
-                continue
-            moved = self._ledger.flip_where(ready, words, placed.words)
-            self._tiers.ram_log(target).settle(placed)
-            self.counters["promoted_pages"] += int(moved.sum())
+                await self._promote(space, records, words)
+            finally:
+                self._reaper.unpin_many(np.unique(entry.handles(words)))
+
+    async def _promote(self, space: Space, records: Records, words: U64) -> None:
+        target = self._target(space)
+        if target is None or space.deleted:
+            return
+        try:
+            ready = await self._codecs.transcode(records, target.codec)
+            placed = self._tiers.ram_log(target).place(ready, MOVED)
+        except VswapError:
+            self.counters["promotions_without_room"] += 1
+            return
+        moved = self._ledger.flip_where(ready, words, placed.words)
+        self._tiers.ram_log(target).settle(placed)
+        self.counters["promoted_pages"] += int(moved.sum())

@@ -98,8 +98,9 @@ class Reaper:
                 logger.warning("delete failed, will repeat", tier=tier.name, error=str(error))
                 return False
             for handle in batch:
-                del self._queue[handle]
-                self._forget(tier, handle)
+                if handle in self._queue:
+                    del self._queue[handle]
+                    self._forget(tier, handle)
         return True
 
     def _forget(self, tier: Tier, handle: int) -> None:

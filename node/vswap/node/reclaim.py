@@ -79,10 +79,11 @@ class Reclaim:
         if not fitting:
             return False
         self.counters["direct_reclaims"] += 1
-        tasks = [self._tasks.get(tier.tag) or self._start(tier) for tier in fitting]
+        await asyncio.sleep(0)
+        tasks = [self._running(tier) or self._start(tier) for tier in fitting]
         while not any(self._has_room(tier, need) for tier, need in fitting.items()):
             if all(task.done() for task in tasks):
-                return any(not task.cancelled() and task.result() > 0 for task in tasks)
+                return any(_freed(task) > 0 for task in tasks)
             for tier in fitting:
                 tier.room_changed.clear()
             waits = [asyncio.create_task(tier.room_changed.wait()) for tier in fitting]
@@ -94,6 +95,10 @@ class Reclaim:
                     wait.cancel()
         return True
 
+    def _running(self, tier: Tier) -> asyncio.Task[int] | None:
+        task = self._tasks.get(tier.tag)
+        return None if task is None or task.done() else task
+
     def _has_room(self, tier: Tier, need_bytes: int) -> bool:
         assert tier.ram is not None
         blocks = -(-need_bytes // (tier.ram.block_bytes - 65536))
@@ -102,13 +107,23 @@ class Reclaim:
     def _start(self, tier: Tier) -> asyncio.Task[int]:
         task = asyncio.create_task(self._clean(tier), name=f"reclaim {tier.name}")
         self._tasks[tier.tag] = task
-        task.add_done_callback(lambda _: self._tasks.pop(tier.tag, None))
+        task.add_done_callback(lambda ended: self._ended(tier.tag, ended))
         return task
+
+    def _ended(self, tag: int, task: asyncio.Task[int]) -> None:
+        if self._tasks.get(tag) is task:
+            del self._tasks[tag]
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("reclaim failed unexpectedly", exc_info=task.exception())
 
     async def _clean(self, tier: Tier) -> int:
         """Cleans a tier down to ``low``; returns the bytes that became free."""
         before = tier.stored_bytes
         target = tier.spec.low * tier.limit_bytes
+        if tier.ram is not None:
+            # Stores stop at the reserve: below that there must be room for them.
+            spare = tier.reserve_bytes + 2 * tier.ram.block_bytes
+            target = min(target, max(tier.limit_bytes - spare, 0))
         most_freed = 0
         while tier.stored_bytes > target and not self.closed:
             start = tier.stored_bytes
@@ -124,6 +139,10 @@ class Reclaim:
 
     async def _round(self, tier: Tier) -> Moved:
         segments = np.array(self._evacuator.movable(tier), np.int64)
+        if not len(segments) and tier.ram is not None:
+            # A tiny tier: all there is lies in the open blocks.
+            self._tiers.ram_log(tier).seal()
+            segments = np.array(self._evacuator.movable(tier), np.int64)
         if not len(segments):
             return Moved()
         live = self._handles.live_bytes[segments]
@@ -137,7 +156,7 @@ class Reclaim:
             self._grants.ahead(target, int(live[:_ROUND_SEGMENTS].sum()))
         if not await self._any_room(slower):
             # Nothing below has room: dead records there are all that can still give some.
-            for target in slower:
+            for target in [tier, *slower]:
                 moved = await self._compact(target) if target.writable else None
                 if moved is not None and moved.pages:
                     return moved
@@ -178,3 +197,7 @@ class Reclaim:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _freed(task: asyncio.Task[int]) -> int:
+    return 0 if task.cancelled() or task.exception() is not None else task.result()

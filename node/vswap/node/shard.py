@@ -153,7 +153,7 @@ class Shard:
             handles, ledger, tiers, self.evacuator, choosers, self._grants, self._sweeper,
             clock=seams.clock, make_pacer=seams.make_pacer,
         )  # fmt: skip
-        self._promoter = Promoter(ledger, tiers, codecs)
+        self._promoter = Promoter(handles, ledger, tiers, codecs, self.reaper)
         self.pager = Pager(
             handles, ledger, tiers, codecs, reader, self.reaper, clock=seams.clock,
             make_room=self.reclaim.make_room, want_grant=self._grants.want,
@@ -236,11 +236,17 @@ class Shard:
         self.generation = generation
         wanted = {spec.name: (spec, state) for spec, state in tiers}
         for tier in [tier for tier in self.tiers if not tier.local]:
-            if tier.name not in wanted and not tier.segments:
-                self.tiers.remove(tier)
-                del self._tags[tier.name]
-                self._meters.pop(tier.name, None)
-                await tier.backend.close()
+            if tier.name in wanted:
+                continue
+            # What still lies in a removed tier stays readable, also over a restart.
+            tier.state = TierState.DRAINED
+            if tier.segments or tier.writing:
+                tiers = [*tiers, (tier.spec, tier.state)]
+                continue
+            self.tiers.remove(tier)
+            del self._tags[tier.name]
+            self._meters.pop(tier.name, None)
+            await tier.backend.close()
         added = []
         for spec, state in tiers:
             old = self.tiers.find(spec.name)

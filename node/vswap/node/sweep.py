@@ -31,7 +31,8 @@ class Sweeper:
             name = SegmentName.parse(listed.key)
             if name is not None and name.serial < next_serial:
                 strays.append(name)
-        known = {self._handles.serial(handle) for handle in tier.segments}
+        # Of all tiers: two of them may lie on one backend, and a serial is unique in the shard.
+        known = {self._handles.serial(handle) for handle in self._handles.in_use().tolist()}
         strays = [name for name in strays if name.serial not in known]
         if strays:
             await tier.backend.delete(strays)

@@ -44,7 +44,9 @@ class SwapTable:
 
     def _adopt(self, first: int, last: int) -> None:
         for chunk in range(first, last):
-            self.reserve(np.array([chunk * CHUNK_SLOTS], np.uint64))
+            # Entries lie here: whatever fails, nothing of it may be punched.
+            self._words_map.reserve(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
+            self._heat_map.reserve(chunk * CHUNK_SLOTS, CHUNK_SLOTS)
             words = self._words[chunk * CHUNK_SLOTS : (chunk + 1) * CHUNK_SLOTS]
             self._used[chunk] = np.count_nonzero(words) + 1
 
@@ -75,12 +77,14 @@ class SwapTable:
         missing = self._used[chunks] == 0
         if not missing.any():
             return
-        for chunk in np.unique(chunks[missing]).tolist():
+        fresh = np.unique(chunks[missing]).tolist()
+        for i, chunk in enumerate(fresh):
             try:
                 self._words_map.reserve(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
                 self._heat_map.reserve(chunk * CHUNK_SLOTS, CHUNK_SLOTS)
             except OutOfTiers:
-                self._words_map.punch(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
+                for reserved in fresh[: i + 1]:
+                    self._punch(reserved)
                 raise
             self._used[chunk] = 1
 
@@ -103,9 +107,13 @@ class SwapTable:
     def _punch_empty(self, slots: U64) -> None:
         chunks = slots >> _CHUNK_SHIFT
         for chunk in np.unique(chunks[self._used[chunks] == 1]).tolist():
-            self._words_map.punch(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
-            self._heat_map.punch(chunk * CHUNK_SLOTS, CHUNK_SLOTS)
-            self._used[chunk] = 0
+            self._punch(chunk)
+
+    def _punch(self, chunk: int) -> None:
+        """Gives the memory of a chunk back that has no slot in use."""
+        self._words_map.punch(chunk * CHUNK_SLOTS * 8, CHUNK_SLOTS * 8)
+        self._heat_map.punch(chunk * CHUNK_SLOTS, CHUNK_SLOTS)
+        self._used[chunk] = 0
 
     # ---------------------------------------------------------------- heat
 

@@ -51,13 +51,15 @@ class Mapping:
         return np.frombuffer(self._mmap, dtype, count, offset)
 
     def reserve(self, offset: int, length: int) -> None:
-        """Allocates a range. Raises OutOfTiers when shared memory is full; nothing changed then."""
+        """Allocates a range. Raises OutOfTiers when shared memory is full; its content stays.
+
+        The kernel takes back what it had allocated of a range that does not fit whole.
+        """
         try:
             os.posix_fallocate(self._fd, offset, length)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
                 raise
-            self.punch(offset, length)
             raise OutOfTiers(
                 f"shared memory at {self.path.parent} is full (needed {length} bytes more)",
                 need=length,
