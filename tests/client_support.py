@@ -1,20 +1,29 @@
-"""A node for tests of the client: a dict behind the real Pages and NodeAdmin services.
+"""For tests of the client: a node that is a dict, and the `vswap` command in this process.
 
-It does what node.proto says, fences by request tag, and can be told to fail or to lose replies.
+The node is behind the real Pages and NodeAdmin services. It does what node.proto says, fences by
+request tag, and can be told to fail or to lose replies.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import grpc
 import numpy as np
+import pytest
 
+from vswap.cli.main import main
 from vswap.v1 import common_pb2, node_pb2, node_pb2_grpc
 from vswap.wire import errors, rpc
 
@@ -175,3 +184,19 @@ def dict_node(address: str = "127.0.0.1:0") -> Iterator[DictNode]:
         yield node
     finally:
         server.stop(0)
+
+
+def run_vswap(*arguments: str, coordinator: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in this process, which spares its imports, but otherwise whole."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, VSWAP_COORDINATOR=coordinator),
+        mock.patch.object(sys, "argv", ["vswap", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

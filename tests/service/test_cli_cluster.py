@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import signal
@@ -14,16 +12,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
+from client_support import run_vswap
 
 from vswap.cli import exits
 from vswap.cli.demo.processes import Daemon
 from vswap.cli.embedded import EmbeddedRedis
-from vswap.cli.main import main
-from vswap.client import Client
+from vswap.client import AsyncClient, Client
+from vswap.wire.errors import SlotNotFound
 
 PAGES = 6000
 VSWAP = [sys.executable, "-m", "vswap.cli.main"]
@@ -59,19 +57,7 @@ class Small:
         return Daemon(kind, ["run", kind, *arguments], log, self.lock_fd, outlives=False)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The command, in this process (which spares its imports) but otherwise whole."""
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            mock.patch.dict(os.environ, VSWAP_COORDINATOR=self.address),
-            mock.patch.object(sys, "argv", ["vswap", *arguments]),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
-            main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+        return run_vswap(*arguments, coordinator=self.address)
 
     def vswap(self, *arguments: str) -> str:
         done = self.run(*arguments)
@@ -267,3 +253,24 @@ def test_loadgen_finds_the_nodes_by_itself(small: Small) -> None:
     result = json.loads(done.stdout)
     assert result["wrong_pages"] == result["failed_ops"] == 0
     assert {"ram", "red", "disk", "fill"} <= set(result["tiers"])
+
+
+async def test_both_clients_against_a_real_node(small: Small) -> None:
+    slots = np.arange(500_000, 500_064, dtype=np.uint64)
+    pages = np.random.default_rng(2).integers(0, 256, (64, 4096), dtype=np.uint8)
+    pages[::4] = 9
+    async with AsyncClient(small.node_address) as client:
+        space = await client.space()
+        await space.store(slots, pages)
+        assert (await space.load(slots[::-1]) == pages[::-1]).all()
+        assert set((await space.locate(slots))[::4]) == {"fill"}
+        with Client(small.node_address) as other:
+            mine = other.space()
+            loaded = mine.load_exclusive(slots)
+            assert (loaded.pages == pages).all()
+            await space.store(slots[:4], pages[4:8])
+            assert loaded.confirm() == 60
+        assert (await space.load(slots[:4]) == pages[4:8]).all()
+        with pytest.raises(SlotNotFound):
+            await space.load(slots[4:])
+        assert await space.free(slots) == 4

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client_support import DictNode, dict_node
+from client_support import DictNode, dict_node, run_vswap
 
 from vswap.cli import exits, output, units
 from vswap.cli.demo import plan as plans
@@ -119,23 +119,6 @@ def test_json_has_every_key_whatever_the_values() -> None:
 # ------------------------------------------------------------------ the command itself
 
 
-Vswap = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def vswap() -> Vswap:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "vswap.cli.main", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    return run
-
-
 @pytest.fixture
 def node() -> Iterator[DictNode]:
     with dict_node() as node:
@@ -150,59 +133,57 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-def test_nobody_there_is_one_line_and_code_4(vswap: Vswap) -> None:
-    done = vswap("status", "--coordinator", "127.0.0.1:1")
+def test_nobody_there_is_one_line_and_code_4() -> None:
+    done = run_vswap("status", "--coordinator", "127.0.0.1:1")
     assert done.returncode == exits.UNREACHABLE
     assert "127.0.0.1:1" in one_line(done)
 
 
-def test_wrong_usage_is_code_2(vswap: Vswap) -> None:
+def test_wrong_usage_is_code_2() -> None:
     for arguments in (["drain"], ["status", "--nope"], ["compact", "x", "--rate", "fast"]):
-        done = vswap(*arguments)
+        done = run_vswap(*arguments)
         assert done.returncode == exits.USAGE
         assert "Traceback" not in done.stderr
 
 
-def test_wrong_addresses_and_configurations_are_code_2(vswap: Vswap, tmp_path: Path) -> None:
-    done = vswap("status", "--coordinator", "nonsense")
+def test_wrong_addresses_and_configurations_are_code_2(tmp_path: Path) -> None:
+    done = run_vswap("status", "--coordinator", "nonsense")
     assert (done.returncode, "nonsense" in one_line(done)) == (exits.USAGE, True)
-    done = vswap("run", "node", "--config", str(tmp_path / "none.toml"))
+    done = run_vswap("run", "node", "--config", str(tmp_path / "none.toml"))
     assert (done.returncode, "none.toml" in one_line(done)) == (exits.USAGE, True)
 
 
-def test_a_password_on_the_command_line_is_refused_and_not_repeated(vswap: Vswap) -> None:
-    done = vswap("tier", "add", "x", "redis://user:hunter2@localhost")
+def test_a_password_on_the_command_line_is_refused_and_not_repeated() -> None:
+    done = run_vswap("tier", "add", "x", "redis://user:hunter2@localhost")
     assert done.returncode == exits.USAGE
     assert "hunter2" not in one_line(done)
 
 
-def test_node_commands_without_a_coordinator(vswap: Vswap, node: DictNode) -> None:
+def test_node_commands_without_a_coordinator(node: DictNode) -> None:
     at = ["--node-address", node.address]
-    shown = json.loads(vswap("node", "show", *at, "--json").stdout)
+    shown = json.loads(run_vswap("node", "show", *at, "--json").stdout)
     assert shown["tiers"][0]["tier"] == "ram"
     assert shown["tiers"][0]["state"] == "active"
-    assert "ram" in vswap("status", *at).stdout
-    assert json.loads(vswap("space", "list", *at, "--json").stdout)[0]["name"] == "default"
-    done = vswap("space", "set", "default", "--quota", "1G", "--tier-max", "ram=5MiB", *at)
+    assert "ram" in run_vswap("status", *at).stdout
+    assert json.loads(run_vswap("space", "list", *at, "--json").stdout)[0]["name"] == "default"
+    done = run_vswap("space", "set", "default", "--quota", "1G", "--tier-max", "ram=5MiB", *at)
     assert "quota 1.0 GiB" in done.stdout
     assert "at most 5.0 MiB in ram" in done.stdout
     set_space = next(r for r in node.requests if isinstance(r, node_pb2.SetSpaceRequest))
     assert set_space.limits.tier_max_bytes["ram"] == 5 << 20
-    done = vswap("space", "create", "default", *at)
+    done = run_vswap("space", "create", "default", *at)
     assert (done.returncode, "there is one" in one_line(done)) == (exits.REFUSED, True)
-    done = vswap("space", "set", "none", "--quota", "1", *at)
+    done = run_vswap("space", "set", "none", "--quota", "1", *at)
     assert (done.returncode, "there: default" in one_line(done)) == (exits.USAGE, True)
 
 
-def test_loadgen_reports_and_its_code_tells_of_wrong_pages(
-    vswap: Vswap, node: DictNode, tmp_path: Path
-) -> None:
+def test_loadgen_reports_and_its_code_tells_of_wrong_pages(node: DictNode, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     arguments = [
         "loadgen", "--node-address", node.address, "--pages", "500", "--ops", "2000",
         "--content", "random", "--json", str(file),
     ]  # fmt: skip
-    done = vswap(*arguments)
+    done = run_vswap(*arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert result["wrong_pages"] == result["failed_ops"] == 0
@@ -216,7 +197,7 @@ def test_loadgen_reports_and_its_code_tells_of_wrong_pages(
             node.pages[next(iter(node.pages))] = bytes(4096)
 
     node.before = damage
-    done = vswap(*arguments)
+    done = run_vswap(*arguments)
     assert done.returncode == exits.INTEGRITY
     assert "wrong page" in done.stderr
     node.before = lambda request: None
