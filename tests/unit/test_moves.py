@@ -322,3 +322,19 @@ async def test_a_failed_sparse_batch_gives_its_memory_back(tmp_path: Path) -> No
         Small.left = 100
         await store(shard, space, where)
         await check(shard, space, where)
+
+
+@pytest.mark.parametrize("mib", [1, 2, 3])
+async def test_reclaim_of_tiny_tiers_comes_to_an_end(tmp_path: Path, mib: int) -> None:
+    """Rewriting a half-filled block into another one frees nothing, however often."""
+    tiers = [ram(mib=mib), ram("zram", mib=1, codec="zstd:1", rank=1), objects(tmp_path / "o")]
+    async with open_shard(tmp_path / "s", *tiers) as shard:
+        space, rng = shard.spaces.create("x"), np.random.default_rng(1)
+        async with asyncio.timeout(30):
+            for turn in range(60):
+                some = np.sort(rng.choice(1500, 40, replace=False)).astype(np.uint64)
+                await store(shard, space, some, turn)
+                if turn % 7 == 0:
+                    await shard.pager.free(space, some[:20])
+            while any(shard.reclaim._running(tier) for tier in shard.tiers):
+                await asyncio.sleep(0.01)

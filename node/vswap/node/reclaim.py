@@ -24,6 +24,7 @@ from vswap.node.tiers import Tiers
 from vswap.tiers.victims import cost_benefit
 
 _ROUND_SEGMENTS = 8
+_FRUITLESS_ROUNDS = 6
 _GARBAGE_SHARE = 0.25
 """From this share of dead bytes on, a RAM tier is compacted before anything is demoted."""
 _MOST_LIVE = 0.8
@@ -123,8 +124,8 @@ class Reclaim:
         if tier.ram is not None:
             # Stores stop at the reserve: below that there must be room for them.
             spare = tier.reserve_bytes + 2 * tier.ram.block_bytes
-            target = min(target, max(tier.limit_bytes - spare, 0))
-        most_freed = 0
+            target = min(target, max(tier.limit_bytes - spare, tier.limit_bytes // 4))
+        most_freed = fruitless = 0
         while tier.stored_bytes > target and not self.closed:
             start = tier.stored_bytes
             moved = await self._round(tier)
@@ -132,7 +133,10 @@ class Reclaim:
             most_freed = max(most_freed, before - tier.stored_bytes)
             if moved.error is not None:
                 logger.debug("reclaim hindered", tier=tier.name, error=str(moved.error))
-            if freed <= 0 and moved.pages == 0:
+            # Moving without freeing can be a step towards it (a slower tier was compacted, hot
+            # records changed their block), but must not go on for ever.
+            fruitless = 0 if freed > 0 else fruitless + 1
+            if fruitless and (moved.pages == 0 or fruitless >= _FRUITLESS_ROUNDS):
                 self._retry_at[tier.tag] = self._clock() + 0.5
                 break
         return most_freed
