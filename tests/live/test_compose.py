@@ -21,7 +21,12 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "vswap-live"
-ENVIRONMENT = {**os.environ, "COMPOSE_PROJECT_NAME": PROJECT, "VSWAP_PORT": "0"}
+# Nothing of a `make` around this is passed on: one below another prints where it enters.
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")},
+    "COMPOSE_PROJECT_NAME": PROJECT,
+    "VSWAP_PORT": "0",
+}
 DAEMONS = ("coordinator", "node-a", "node-b")
 PAGES = 131_072
 
