@@ -80,7 +80,7 @@ async def test_what_waits_for_promotion_cannot_come_back_as_an_old_page(tmp_path
 
         await shard.pager.store(space, where, fresh())
         [first] = space.table.get(where).tolist()
-        gate, codecs = asyncio.Event(), shard._promoter._codecs
+        gate, codecs = asyncio.Event(), shard.promoter._codecs
         transcode = codecs.transcode
 
         async def held_up(*args: object) -> object:

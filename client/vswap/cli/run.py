@@ -65,6 +65,15 @@ def node(
     state: State = None,
     config: options.Config = None,
     insecure: Insecure = None,
+    nbd: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--nbd",
+            metavar="ADDRESS",
+            help="Where spaces are block devices: loopback host:port or unix:/path; repeatable. "
+            "Default: unix:STATE/nbd.sock.",
+        ),
+    ] = None,
     fresh: Annotated[
         bool | None, typer.Option("--fresh", help="Start empty; drop pages of an earlier run.")
     ] = None,
@@ -76,6 +85,7 @@ def node(
         name=name,
         listen=listen,
         coordinator=coordinator,
+        nbd=nbd or None,
         state_dir=_text(state),
         insecure=insecure,
         fresh=fresh,

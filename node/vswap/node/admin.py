@@ -24,6 +24,8 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
         self._shard = shard
         self._name = name
         self.coordinator_state = "alone"
+        self.nbd: list[str] = []
+        """Where spaces are served as block devices."""
 
     @served
     async def CreateSpace(  # noqa: N802
@@ -79,6 +81,7 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             counters=shard.counters(),
             batch_max_pages_bytes=MAX_BATCH_BYTES,
             pid=os.getpid(),
+            nbd=self.nbd,
         )
 
     def _limits(self, message: node_pb2.SpaceLimits) -> Limits:

@@ -12,6 +12,7 @@ import psutil
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -29,6 +30,7 @@ _VARIABLES = {
     "VSWAP_NODE_NAME": "name",
     "VSWAP_NODE_LISTEN": "listen",
     "VSWAP_NODE_ADVERTISE": "advertise",
+    "VSWAP_NODE_NBD": "nbd",
     "VSWAP_NODE_STATE_DIR": "state_dir",
     "VSWAP_NODE_INSECURE": "insecure",
     "VSWAP_NODE_THREADS": "threads",
@@ -53,6 +55,11 @@ def _valid(check: Callable[[Any], Any]) -> AfterValidator:
 
 
 Address = Annotated[str, _valid(check_address)]
+
+
+def _split(value: Any) -> Any:
+    """A list as an environment variable can say it: with commas."""
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
 
 class SpaceConfig(BaseModel):
@@ -93,6 +100,8 @@ class NodeConfig(BaseModel):
     listen: Address = "127.0.0.1:7171"
     advertise: Address = ""
     """Address that the coordinator tells to clients; default: where the node listens."""
+    nbd: Annotated[tuple[Address, ...], BeforeValidator(_split)] | None = None
+    """Where spaces are block devices; default: ``nbd.sock`` in the state directory; empty: none."""
     coordinator: Address = ""
     """Empty: the node works alone."""
     state_dir: str = ""

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -21,10 +22,17 @@ from vswap.node.admin import AdminService
 from vswap.node.config import NodeConfig, load_config
 from vswap.node.control import Control
 from vswap.node.frontends.grpc_pages import PagesService
+from vswap.node.frontends.nbd.server import NbdServer
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.v1 import node_pb2, node_pb2_grpc
-from vswap.wire.listen import StateDirectory, bind, check_listen, runtime_directory
+from vswap.wire.listen import (
+    MAX_SOCKET_PATH_BYTES,
+    StateDirectory,
+    bind,
+    check_listen,
+    runtime_directory,
+)
 from vswap.wire.rpc import CHANNEL_OPTIONS
 
 __all__ = ["NodeConfig", "load_config", "run"]
@@ -39,7 +47,8 @@ logger = structlog.get_logger("vswap.node")
 
 def run(config: NodeConfig) -> int:
     """Runs until SIGTERM or SIGINT; 0 after a clean leave. Raises VswapError if it cannot start."""
-    check_listen(config.listen, insecure=config.insecure)
+    for where in (config.listen, *(config.nbd or ())):
+        check_listen(where, insecure=config.insecure)
     _configure_logging(config.log_level)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     path = Path(config.state_dir) if config.state_dir else None
@@ -66,6 +75,7 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
                 space.name, space.page_bytes, space.max_slots, space.limits, exist_ok=True
             )
         address = await server.start()
+        await server.start_nbd(_nbd_addresses(config, directory), insecure=config.insecure)
         if config.coordinator:
             link = Control(
                 shard, name=config.name, address=config.advertise or address,
@@ -87,6 +97,16 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
         await shard.close()
 
 
+def _nbd_addresses(config: NodeConfig, directory: StateDirectory) -> tuple[str, ...]:
+    if config.nbd is not None:
+        return config.nbd
+    path = directory.path.absolute() / "nbd.sock"
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        logger.warning("no block devices: the path of the socket is too long", path=str(path))
+        return ()
+    return (f"unix:{path}",)
+
+
 async def _first_attempt(link: Control, stop: asyncio.Event, *, newcomer: bool) -> None:
     """Waits until the coordinator was found, or found to be away.
 
@@ -106,6 +126,7 @@ class Server:
     def __init__(self, shard: Shard, config: NodeConfig) -> None:
         self._listen = config.listen
         self._admin = AdminService(shard, config.name)
+        self._nbd = NbdServer(shard, inflight_bytes=config.inflight_bytes)
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
         pages = PagesService(shard, inflight_bytes=config.inflight_bytes)
@@ -124,10 +145,14 @@ class Server:
         await self._server.start()
         return address
 
+    async def start_nbd(self, addresses: Sequence[str], *, insecure: bool) -> None:
+        """Serves block devices too. Raises BadConfig."""
+        self._admin.nbd = await self._nbd.start(addresses, insecure=insecure)
+
     async def stop(self) -> None:
         """Takes no more calls, and lets those under way end, for a while."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(_GRACE_S)
+        await asyncio.gather(self._server.stop(_GRACE_S), self._nbd.stop(_GRACE_S))
 
     def tell_coordinator_state(self, state: str) -> None:
         self._admin.coordinator_state = state

@@ -31,6 +31,9 @@ POISON_LOST = 2
 HANDLE_BITS = 28
 MAX_HANDLES = 1 << HANDLE_BITS
 
+ZERO_WORD = np.uint64(FILL << 60)
+"""The entry of a page of zeros."""
+
 _TAG_SHIFT = np.uint64(60)
 _HANDLE_SHIFT = np.uint64(32)
 _HANDLE_MASK = np.uint64(MAX_HANDLES - 1)

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from vswap.node.entry import MAX_HANDLES
 from vswap.tiers.backend import SegmentName
-from vswap.tiers.record import I64
+from vswap.tiers.record import I64, U64, salt, salts
 from vswap.tiers.region import Region
+from vswap.tiers.segment import shard_key
 from vswap.wire.errors import InternalError, StateInvalid
 
 FREE, OPEN, WRITING, SEALED, DELETING = range(5)
@@ -82,7 +83,8 @@ class Handles:
     """The shard's segments. Written by the event loop alone.
 
     Derived, in process memory, indexed by handle: ``live_bytes`` and ``live_records`` (what table
-    entries point at), ``pins`` (readers that keep the segment from deletion).
+    entries point at), ``pins`` (readers that keep the segment from deletion), ``salts`` (what ties
+    a record's checksum to its segment).
     """
 
     def __init__(self, region: Region, *, fresh: tuple[UUID, bytes] | None) -> None:
@@ -99,10 +101,13 @@ class Handles:
         self.live_bytes: I64 = np.zeros(0, np.int64)
         self.live_records: I64 = np.zeros(0, np.int64)
         self.pins: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.salts: U64 = np.zeros(0, np.uint64)
         if fresh:
             self._start(*fresh)
         else:
             self._check()
+        self._key = shard_key(self.shard)
+        if not fresh:
             self._load()
 
     def _start(self, shard: UUID, boot: bytes) -> None:
@@ -132,6 +137,8 @@ class Handles:
             last = max(last, low + int(used[-1]) + 1 if len(used) else 0)
         while self._allocated < last:
             self._grow()
+        serials = self.rows["word"][: self._allocated] >> np.uint64(STATE_BITS)
+        self.salts[:] = salts(self._key, serials)
         self._free.clear()
         states = self.states(np.arange(self._allocated))
         self._free.extend(np.flatnonzero(states == FREE).tolist())
@@ -197,6 +204,7 @@ class Handles:
         row["born"], row["tag"], row["block"], row["stored"] = now, tag, block, stored
         row["payload"] = row["records"] = 0
         self.live_bytes[handle] = self.live_records[handle] = self.pins[handle] = 0
+        self.salts[handle] = salt(self._key, serial)
         self.rows["word"][handle] = serial << STATE_BITS | state
         return handle
 
@@ -221,6 +229,7 @@ class Handles:
         self.live_bytes = np.concatenate((self.live_bytes, np.zeros(count, np.int64)))
         self.live_records = np.concatenate((self.live_records, np.zeros(count, np.int64)))
         self.pins = np.concatenate((self.pins, np.zeros(count, np.int32)))
+        self.salts = np.concatenate((self.salts, np.zeros(count, np.uint64)))
         self._free.extend(range(start, start + count))
 
     def in_use(self) -> I64:

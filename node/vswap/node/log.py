@@ -19,8 +19,8 @@ from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier, TierState
 from vswap.tiers import ram
 from vswap.tiers.backend import Read
-from vswap.tiers.record import ROW_BYTES, U64, Records, concatenate, cut, salt
-from vswap.tiers.segment import build, segment_size, shard_key
+from vswap.tiers.record import ROW_BYTES, U64, Records, concatenate, cut
+from vswap.tiers.segment import build, segment_size
 from vswap.wire.errors import OutcomeUnknown, OutOfTiers, PageCorrupt, VswapError
 
 STORES, MOVED = 0, 1
@@ -122,7 +122,7 @@ class RamLog:
 
     def _append(self, handle: int, records: Records) -> U64:
         row = self._handles.rows[handle]
-        own = salt(shard_key(self._handles.shard), self._handles.serial(handle))
+        own = self._handles.salts[handle]
         payload, count = int(row["payload"]), int(row["records"])
         loc = ram.append(
             self._arena.view(int(row["block"])), records, payload=payload, count=count, own=own

@@ -16,7 +16,7 @@ from vswap.node.codecs import Codecs
 from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
 from vswap.node.log import MOVED
-from vswap.node.reader import Found
+from vswap.node.reader import Found, Reader
 from vswap.node.reaper import Reaper
 from vswap.node.spaces import Space
 from vswap.node.tier import Tier
@@ -35,9 +35,11 @@ class Promoter:
     """Event loop only. Run :meth:`run` as a task."""
 
     def __init__(
-        self, handles: Handles, ledger: Ledger, tiers: Tiers, codecs: Codecs, reaper: Reaper
-    ) -> None:
+        self, handles: Handles, ledger: Ledger, tiers: Tiers, codecs: Codecs, reader: Reader,
+        reaper: Reaper,
+    ) -> None:  # fmt: skip
         self._handles = handles
+        self._reader = reader
         self._reaper = reaper
         self._ledger = ledger
         self._tiers = tiers
@@ -75,6 +77,25 @@ class Promoter:
             ):
                 return tier
         return None
+
+    async def bring(self, space: Space, slots: U64) -> None:
+        """Moves pages to RAM now, however often they were loaded: what a caller who knows better
+        asks for. As far as there is room; what cannot be read or moved stays where it is."""
+        words = space.table.get(slots)
+        tags = entry.tags(words)
+        for tag in np.unique(tags[(tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)]).tolist():
+            tier = self._tiers.by_tag(tag)
+            if tier.ram is not None or self._target(space) is None:
+                continue
+            some, old = slots[tags == tag], words[tags == tag]
+            pinned = np.unique(entry.handles(old))
+            self._handles.pins[pinned] += 1
+            try:
+                found = await self._reader.in_backend(tier, space, some, old, np.arange(len(some)))
+                ok = found.records.valid()
+                await self._promote(space, found.records.take(ok), old[found.index[ok]])
+            finally:
+                self._reaper.unpin_many(pinned)
 
     async def run(self) -> None:
         """Promotes what was offered, for ever."""

@@ -16,8 +16,7 @@ from vswap.node.spaces import Space
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
 from vswap.tiers.backend import Buffer, Read
-from vswap.tiers.record import I64, U64, Records, loc_offset, read_records, salts
-from vswap.tiers.segment import shard_key
+from vswap.tiers.record import I64, U64, Records, loc_offset, read_records
 from vswap.wire.errors import PageLost, TierUnavailable, VswapError
 
 
@@ -52,7 +51,7 @@ class Reader:
             entry.sizes(words),
             np.full(len(words), space.number, np.uint32),
             slots.astype(np.uint32),
-            salts(shard_key(self._handles.shard), rows["word"][handles] >> np.uint64(4)),
+            self._handles.salts[handles],
         )
         return Found(tier, index, records, [])
 
@@ -96,10 +95,7 @@ class Reader:
             size[good],
             np.full(int(good.sum()), space.number, np.uint32),
             slots[good].astype(np.uint32),
-            salts(
-                shard_key(self._handles.shard),
-                self._handles.rows["word"][handles[good]] >> np.uint64(4),
-            ),
+            self._handles.salts[handles[good]],
         )
         return Found(tier, index[good], records, failed)
 

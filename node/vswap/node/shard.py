@@ -68,6 +68,8 @@ class Shard:
         self._meters: dict[str, Metered] = {}
         self._pressure_level = 0
         self.events: Counter[str] = Counter()
+        self.frontends: list[Counter[str]] = []
+        """What frontends count, to be told with the rest."""
 
     # ---------------------------------------------------------------- life
 
@@ -124,7 +126,7 @@ class Shard:
             # A tier that holds pages already may come back; the others are served meanwhile.
             if problem is not None and tier.local and not tier.segments:
                 raise type(problem)(f"tier {tier.name}: {problem}", **problem.fields)
-        for work in (self.reaper.run, self._promoter.run, self._housekeeping):
+        for work in (self.reaper.run, self.promoter.run, self._housekeeping):
             self._spawn(work)
 
     def _erase(self) -> None:
@@ -153,13 +155,13 @@ class Shard:
             handles, ledger, tiers, self.evacuator, choosers, self._grants, self._sweeper,
             clock=seams.clock, make_pacer=seams.make_pacer,
         )  # fmt: skip
-        self._promoter = Promoter(handles, ledger, tiers, codecs, self.reaper)
+        self.promoter = Promoter(handles, ledger, tiers, codecs, reader, self.reaper)
         self.pager = Pager(
             handles, ledger, tiers, codecs, reader, self.reaper, clock=seams.clock,
             make_room=self.reclaim.make_room, want_grant=self._grants.want,
             exclusive_timeout_s=self._exclusive_timeout_s,
         )  # fmt: skip
-        self.pager.on_hot = self._promoter.offer
+        self.pager.on_hot = self.promoter.offer
 
     def _tier_of(self, handle: int) -> Tier:
         return self.tiers.by_tag(int(self.handles.rows["tag"][handle]))
@@ -441,13 +443,15 @@ class Shard:
     def counters(self) -> dict[str, int]:
         parts = (
             self.pager.counters, self.evacuator.counters, self.reclaim.counters,
-            self._promoter.counters, self.events,
+            self.promoter.counters, self.events,
         )  # fmt: skip
         total: Counter[str] = Counter()
         for part in parts:
             total.update(part)
         for name, metered in self._meters.items():
             total.update(metered.meter.flat(name))
+        for counters in self.frontends:
+            total.update(counters)
         total["swept_segments"] = self._sweeper.swept
         return dict(total)
 

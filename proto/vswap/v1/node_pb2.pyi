@@ -216,7 +216,7 @@ class GetNodeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("name", "shard_uuid", "cluster_uuid", "incarnation", "version", "coordinator", "generation", "tiers", "pages", "fill_pages", "usable_free_bytes", "usable_total_bytes", "counters", "batch_max_pages_bytes", "pid")
+    __slots__ = ("name", "shard_uuid", "cluster_uuid", "incarnation", "version", "coordinator", "generation", "tiers", "pages", "fill_pages", "usable_free_bytes", "usable_total_bytes", "counters", "batch_max_pages_bytes", "pid", "nbd")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +239,7 @@ class NodeStatus(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     BATCH_MAX_PAGES_BYTES_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    NBD_FIELD_NUMBER: _ClassVar[int]
     name: str
     shard_uuid: str
     cluster_uuid: str
@@ -254,4 +255,5 @@ class NodeStatus(_message.Message):
     counters: _containers.ScalarMap[str, int]
     batch_max_pages_bytes: int
     pid: int
-    def __init__(self, name: _Optional[str] = ..., shard_uuid: _Optional[str] = ..., cluster_uuid: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., coordinator: _Optional[str] = ..., generation: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.TierUsage, _Mapping]]] = ..., pages: _Optional[int] = ..., fill_pages: _Optional[int] = ..., usable_free_bytes: _Optional[int] = ..., usable_total_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., batch_max_pages_bytes: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    nbd: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., shard_uuid: _Optional[str] = ..., cluster_uuid: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., coordinator: _Optional[str] = ..., generation: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.TierUsage, _Mapping]]] = ..., pages: _Optional[int] = ..., fill_pages: _Optional[int] = ..., usable_free_bytes: _Optional[int] = ..., usable_total_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., batch_max_pages_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., nbd: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -14,6 +14,9 @@ import grpc
 
 from vswap.wire.errors import BadConfig, StateInUse, StateInvalid
 
+MAX_SOCKET_PATH_BYTES = 107
+"""``sun_path`` has 108 bytes, with the zero at the end."""
+
 
 def check_address(address: str) -> str:
     """The address if it reads as ``HOST:PORT`` or ``unix:/path``; BadConfig if not."""
@@ -51,7 +54,7 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     process that listens on it.
     """
     try:
-        _check_free(address)
+        check_free(address)
         port = server.add_insecure_port(address)
     except OSError as error:
         raise BadConfig(f"cannot listen on {address}: {error.strerror}", key="listen") from error
@@ -62,7 +65,7 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
-def _check_free(address: str) -> None:
+def check_free(address: str) -> None:
     """Raises OSError with the reason why nothing can listen there."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")

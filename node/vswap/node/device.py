@@ -1,0 +1,190 @@
+"""A space as a disk: an array of bytes in which every slot is there, and the empty ones are zero.
+
+Ranges need not be aligned to pages: parts of pages are read, changed and written as if in one
+moment. Frontends that speak of offsets rather than slots are built on this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from vswap.node import entry
+from vswap.node.pager import Pager
+from vswap.node.promote import Promoter
+from vswap.node.spaces import Space
+from vswap.tiers.backend import Buffer
+from vswap.tiers.record import U8, U32, U64
+
+_STEP_SLOTS = 8192
+"""Slots that are freed, filled or looked up in one turn: about 1 ms."""
+_STORE_PAGES = 256
+_MAX_EXTENTS = 8192
+
+HOLE = 1
+ZERO = 2
+
+
+def allocation(words: U64) -> U32:
+    """HOLE and ZERO bits of entries."""
+    free = words == 0
+    zero = free | (words == entry.ZERO_WORD)
+    bits: U32 = free.astype(np.uint32) * HOLE + zero.astype(np.uint32) * ZERO
+    return bits
+
+
+def tier(words: U64) -> U32:
+    """Tags of entries: 0 free, 1 fill, 2 to 14 a tier, 15 poisoned."""
+    return entry.tags(words).astype(np.uint32)
+
+
+class Device:
+    """One space's disk. Event loop only; all methods may run concurrently.
+
+    Offsets and lengths are bytes; the caller keeps them inside ``size_bytes``. Errors are the
+    pager's.
+    """
+
+    def __init__(self, pager: Pager, promoter: Promoter, space: Space) -> None:
+        self._pager = pager
+        self._promoter = promoter
+        self.space = space
+        self._shift = space.page_shift
+        self._mask = space.page_bytes - 1
+        self._edits: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
+
+    @property
+    def size_bytes(self) -> int:
+        return self.space.max_slots * self.space.page_bytes
+
+    def slots(self, offset: int, length: int) -> U64:
+        """The slots that a range touches."""
+        return np.arange(offset >> self._shift, (offset + length + self._mask) >> self._shift,
+                         dtype=np.uint64)  # fmt: skip
+
+    def inner(self, offset: int, length: int) -> tuple[int, int]:
+        """First and end slot of the whole pages in a range; end <= first where there is none."""
+        return (offset + self._mask) >> self._shift, (offset + length) >> self._shift
+
+    # ---------------------------------------------------------------- read
+
+    def peek(self, slots: U64) -> list[Buffer | None]:
+        """See :meth:`Pager.peek`."""
+        return self._pager.peek(self.space, slots)
+
+    async def read_slots(self, slots: U64) -> U8:
+        """Pages (n, page_bytes); slots may repeat."""
+        return await self._pager.read(self.space, slots)
+
+    async def read(self, offset: int, length: int) -> memoryview:
+        pages = await self._pager.read(self.space, self.slots(offset, length))
+        start = offset & self._mask
+        return pages.reshape(-1).data[start : start + length]
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Brings pages into the fast tier, as far as there is room."""
+        slots = self.slots(offset, length)
+        for start in range(0, len(slots), _STORE_PAGES):
+            await self._promoter.bring(self.space, slots[start : start + _STORE_PAGES])
+
+    # ---------------------------------------------------------------- write
+
+    async def write_slots(self, slots: U64, pages: U8) -> None:
+        """Whole pages; all or nothing. Of a slot that occurs twice the last page counts."""
+        await self._pager.store(self.space, slots, pages)
+
+    async def edit(self, slot: int, edits: Sequence[tuple[int, Buffer]]) -> None:
+        """Writes parts of one page: (byte in the page, bytes), in order.
+
+        Edits of a slot queue, since each would make the others begin again.
+        """
+
+        def apply(pages: U8) -> None:
+            page = pages[0].data
+            for start, data in edits:
+                page[start : start + len(data)] = data
+
+        lock = self._edits.get(slot)
+        if lock is None:
+            lock = self._edits[slot] = asyncio.Lock()
+        async with lock:
+            await self._pager.update(self.space, np.array([slot], np.uint64), apply)
+
+    async def zero(self, offset: int, length: int, *, hole: bool) -> None:
+        """Zeros a range. ``hole`` frees the slots of whole pages; else they hold a page of zeros,
+        which takes no more room than its entry."""
+        await self._zero_edges(offset, length)
+        first, end = self.inner(offset, length)
+        for start in range(first, end, _STEP_SLOTS):
+            slots = np.arange(start, min(start + _STEP_SLOTS, end), dtype=np.uint64)
+            if hole:
+                await self._pager.free(self.space, slots)
+            else:
+                await self._pager.fill(self.space, slots)
+            await asyncio.sleep(0)
+
+    async def _zero_edges(self, offset: int, length: int) -> None:
+        end, position = offset + length, offset
+        while position < end:
+            start = position & self._mask
+            size = min(self._mask + 1 - start, end - position)
+            if size <= self._mask:
+                await self.edit(position >> self._shift, [(start, bytes(size))])
+                position += size
+            else:
+                # On to the page that the range ends in, if it ends inside one.
+                position = max(end & ~self._mask, position + size)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Frees the slots of whole pages in a range; the rest is left as it is."""
+        first, end = self.inner(offset, length)
+        if first < end:
+            await self.zero(first << self._shift, (end - first) << self._shift, hole=True)
+
+    # ---------------------------------------------------------------- extents
+
+    def extents(
+        self, offset: int, length: int, of: Sequence[Callable[[U64], U32]], *, one: bool
+    ) -> list[tuple[U32, U32]]:
+        """(lengths in bytes, states) for each question: :func:`allocation`, :func:`tier`.
+
+        At most 8192 extents each, so the answer may end before the range does.
+        """
+        first = offset >> self._shift
+        slots = (offset + length + self._mask >> self._shift) - first
+        runs: list[list[tuple[U64, U32]]] = [[] for _ in of]
+        for start in range(0, slots, _STEP_SLOTS):
+            count = min(_STEP_SLOTS, slots - start)
+            where = np.arange(first + start, first + start + count, dtype=np.uint64)
+            words = self.space.table.get(where)
+            for i, question in enumerate(of):
+                states = question(words)
+                begin = np.flatnonzero(np.append(True, states[1:] != states[:-1]))
+                runs[i].append((begin.astype(np.uint64) + np.uint64(start), states[begin]))
+            if all(_count(parts) > (1 if one else _MAX_EXTENTS) for parts in runs):
+                slots = start + count
+                break
+        skew = offset & self._mask
+        whole = min(length, (slots << self._shift) - skew)
+        return [_lengths(parts, self._shift, skew, whole, 1 if one else _MAX_EXTENTS)
+                for parts in runs]  # fmt: skip
+
+
+def _count(parts: list[tuple[U64, U32]]) -> int:
+    return sum(len(begin) for begin, _ in parts)
+
+
+def _lengths(
+    parts: list[tuple[U64, U32]], shift: int, skew: int, whole: int, most: int
+) -> tuple[U32, U32]:
+    """Extents in bytes from runs in slots, joining equal neighbours where two steps met."""
+    begin = np.concatenate([b for b, _ in parts])
+    states = np.concatenate([s for _, s in parts])
+    keep = np.append(True, states[1:] != states[:-1])
+    begin, states = begin[keep], states[keep]
+    edges = np.append((begin << np.uint64(shift)).astype(np.int64) - skew, whole)
+    edges[0] = 0
+    return np.diff(edges)[:most].astype(np.uint32), states[:most]
