@@ -61,7 +61,7 @@ class Codecs:
         """Verifies and decodes; a page whose record fails its check comes back empty."""
 
         def work(part: slice) -> tuple[Mask, list[Buffer]]:
-            return decode_records(records.take(part), page_bytes)
+            return _decode(records.take(part), page_bytes)
 
         if len(records) <= INLINE_DECODE_PAGES or _all_raw(records):
             return work(slice(0, len(records)))
@@ -113,12 +113,7 @@ def _all_raw(records: Records) -> bool:
     return bool((meta_codec(records.meta) <= 1).all())
 
 
-def decode_records(records: Records, page_bytes: int) -> tuple[Mask, list[Buffer]]:
-    """Verifies and decodes here and now; a page whose record fails its check comes back empty.
-
-    Raw pages are views of the records' blob. Raises PageCorrupt for a record that passes its check
-    and does not decode.
-    """
+def _decode(records: Records, page_bytes: int) -> tuple[Mask, list[Buffer]]:
     encoded = records.encoded()
     ok = records.valid(encoded) & (meta_page_bytes(records.meta) == page_bytes)
     pages: list[Buffer]

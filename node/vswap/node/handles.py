@@ -95,6 +95,8 @@ class Handles:
             self._map.reserve(0, _HEADER_BYTES)
         self._header = self._map.array(_HEADER, 0, 1)
         self.rows = self._map.array(_ROW, _HEADER_BYTES, MAX_HANDLES)
+        self.blocks: NDArray[np.uint32] = self.rows["block"]
+        """Of segments in RAM: the block of the arena."""
         self._allocated = 0
         """Rows whose memory is reserved; all handles handed out lie below."""
         self._free: deque[int] = deque()
@@ -239,4 +241,5 @@ class Handles:
     def close(self) -> None:
         self._header = self._header.copy()
         self.rows = self.rows[:0].copy()
+        self.blocks = self.rows["block"]
         self._map.close()

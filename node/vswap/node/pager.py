@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from vswap.node import entry
-from vswap.node.codecs import Codecs, decode_records
+from vswap.node.codecs import Codecs
 from vswap.node.fill import find_fills
 from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
 from vswap.node.log import STORES, Placed
 from vswap.node.reader import Found, Reader
 from vswap.node.reaper import Reaper
+from vswap.node.resident import Resident
 from vswap.node.spaces import MAX_PAGE_BYTES, Space
 from vswap.node.tickets import Tickets
 from vswap.node.tier import Tier, TierState
@@ -43,7 +44,6 @@ from vswap.wire.errors import (
 )
 
 _ZERO_PAGE = memoryview(bytes(MAX_PAGE_BYTES))
-_NO_INDEX: I64 = np.zeros(0, np.int64)
 _MAX_TOKENS = 4096
 _REREADS = 2
 _RECLAIM_DEADLINE_S = 10.0
@@ -91,6 +91,7 @@ class Pager:
         self._tiers = tiers
         self._codecs = codecs
         self._reader = reader
+        self._resident = Resident(handles)
         self._reaper = reaper
         self._clock = clock
         self._make_room = make_room
@@ -384,7 +385,7 @@ class Pager:
         words = space.table.get(slots)
         tags = entry.tags(words)
         first = int(tags[0])
-        if (tags == first).all():
+        if np.count_nonzero(tags == first) == len(slots):
             return self._peek_tag(first, space, slots, words)
         pages: list[Buffer | None] = [None] * len(slots)
         for tag in np.unique(tags).tolist():
@@ -408,15 +409,8 @@ class Pager:
         if tier is None or tier.ram is None:
             return [None] * len(slots)
         space.table.warm(slots)
-        found = self._reader.in_ram(tier, space, slots, words, _NO_INDEX)
-        try:
-            ok, pages = decode_records(found.records, space.page_bytes)
-        except PageCorrupt:
-            return [None] * len(slots)
         self.counters["pages_loaded"] += len(slots)
-        if ok.all():
-            return list(pages)
-        return [page or None for page in pages]
+        return self._resident.pages(tier, space, slots, words)
 
     async def _load(self, space: Space, slots: U64, words: U64, out: U8) -> None:
         tags = entry.tags(words)

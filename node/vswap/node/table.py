@@ -65,7 +65,7 @@ class SwapTable:
     def get(self, slots: U64) -> U64:
         """The entries of slots (n,), all below ``max_slots``."""
         present = self._used[slots >> _CHUNK_SHIFT] > 1
-        if present.all():
+        if np.count_nonzero(present) == len(slots):
             return self._words[slots]
         words = np.zeros(len(slots), np.uint64)
         words[present] = self._words[slots[present]]

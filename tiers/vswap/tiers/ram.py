@@ -19,6 +19,7 @@ from vswap.tiers.record import (
     ROW,
     ROW_BYTES,
     U8,
+    U64,
     Records,
     loc_offset,
     loc_size,
@@ -58,6 +59,7 @@ class RamBackend(Backend):
         self._mapping = mapping
         mapping.advise_huge()
         self.memory: U8 = mapping.bytes
+        self.words: U64 = self.memory[: len(self.memory) & ~7].view(np.uint64)
         self._block: dict[SegmentName, int] = {}
         self._length: dict[SegmentName, int] = {}
         self._free = list(range(self.blocks - 1, -1, -1))
@@ -114,6 +116,7 @@ class RamBackend(Backend):
 
     async def close(self) -> None:
         self.memory = np.empty(0, np.uint8)
+        self.words = np.empty(0, np.uint64)
         self._mapping.close()
 
     async def put(self, name: SegmentName, data: Buffer) -> None:

@@ -52,18 +52,24 @@ _S27, _S30, _S31, _S32 = (np.uint64(n) for n in (27, 30, 31, 32))
 
 
 def mix(x: U64) -> U64:
-    """A bijective scramble of 64 bits (the finaliser of splitmix64), element by element."""
-    x = (x ^ (x >> _S30)) * _C1
-    x = (x ^ (x >> _S27)) * _C2
-    scrambled: U64 = x ^ (x >> _S31)
-    return scrambled
+    """Scrambles 64 bits (the finaliser of splitmix64), element by element, in place."""
+    x ^= x >> _S30
+    x *= _C1
+    x ^= x >> _S27
+    x *= _C2
+    x ^= x >> _S31
+    return x
 
 
-def identity(space: U32, slot: U32, meta: U64) -> U64:
+def identity(space: U32 | int, slot: U32 | U64, meta: U64) -> U64:
     """What ties a checksum to a slot of a space and to one store of it."""
-    key: U64 = (space.astype(np.uint64) << _S32) | slot
-    scrambled: U64 = mix(mix(key + _K1) ^ meta)
-    return scrambled
+    if isinstance(space, int):
+        key = slot + np.uint64(((space << 32) + int(_K1)) & (1 << 64) - 1)
+    else:
+        key = ((space.astype(np.uint64) << _S32) | slot) + _K1
+    key = mix(key)
+    key ^= meta
+    return mix(key)
 
 
 def salt(shard_key: int, serial: int) -> np.uint64:

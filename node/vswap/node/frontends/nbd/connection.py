@@ -355,13 +355,13 @@ class Connection(asyncio.BufferedProtocol):
         for read in batch:
             cookie, offset, length = read
             end = position + (length >> shift)
-            found = pages[position:end]
-            position = end
-            if None in found:
+            found = [page for page in pages[position:end] if page is not None]
+            if len(found) == end - position:
+                parts.append(data(cookie, offset, length))
+                parts += found
+            else:
                 late.append(read)
-                continue
-            parts.append(data(cookie, offset, length))
-            parts.extend(found)  # type: ignore[arg-type]
+            position = end
         if parts:
             self._send(b"".join(parts))
         if late:
