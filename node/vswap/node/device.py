@@ -92,6 +92,10 @@ class Device:
 
     # ---------------------------------------------------------------- write
 
+    def write_now(self, slots: U64, pages: U8) -> bool:
+        """See :meth:`Pager.store_now`."""
+        return self._pager.store_now(self.space, slots, pages)
+
     async def write_slots(self, slots: U64, pages: U8) -> None:
         """Whole pages; all or nothing. Of a slot that occurs twice the last page counts."""
         await self._pager.store(self.space, slots, pages)

@@ -34,14 +34,14 @@ MAX_HANDLES = 1 << HANDLE_BITS
 ZERO_WORD = np.uint64(FILL << 60)
 """The entry of a page of zeros."""
 
-_TAG_SHIFT = np.uint64(60)
+TAG_SHIFT = np.uint64(60)
 _HANDLE_SHIFT = np.uint64(32)
 _HANDLE_MASK = np.uint64(MAX_HANDLES - 1)
 _LOW_MASK = np.uint64(0xFFFFFFFF)
 
 
 def tags(words: U64) -> U8:
-    return (words >> _TAG_SHIFT).astype(np.uint8)
+    return (words >> TAG_SHIFT).astype(np.uint8)
 
 
 def handles(words: U64) -> I64:

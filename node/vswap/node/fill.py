@@ -15,8 +15,11 @@ def find_fills(pages: U8) -> tuple[Mask, U32]:
     """
     words = pages.view(np.uint32)
     first = words[:, 0].copy()
+    fills = words[:, 1] == first
+    if not np.count_nonzero(fills):
+        return fills, first
     half = words.shape[1] // 2
-    fills = (words[:, 1] == first) & (words[:, half] == first) & (words[:, -1] == first)
+    fills &= (words[:, half] == first) & (words[:, -1] == first)
     maybe = np.flatnonzero(fills)
     if len(maybe):
         fills[maybe] = (words[maybe] == first[maybe, None]).all(axis=1)

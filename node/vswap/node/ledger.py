@@ -33,15 +33,14 @@ class Ledger:
     def flip(self, space: Space, slots: U64, words: U64, old: U64) -> None:
         """Sets entries; ``old`` are the entries of these slots now; slots are distinct."""
         space.table.set(slots, words, old)
-        self._account(space, old, -1)
+        left = self._account(space, old, -1)
         self._account(space, words, +1)
         space.peak_bytes = max(space.peak_bytes, space.live_bytes)
-        gone = old[entry.tags(old) >= entry.FIRST_TIER]
-        if len(gone):
-            touched = entry.handles(gone[entry.tags(gone) <= entry.LAST_TIER])
-            dead = touched[self.handles.live_records[touched] == 0]
-            for handle in set(dead.tolist()):
-                self.on_dead(handle)
+        for handles in left:
+            dead = handles[self.handles.live_records[handles] == 0]
+            if len(dead):
+                for handle in set(dead.tolist()):
+                    self.on_dead(handle)
 
     def flip_where(self, records: Records, old: U64, words: U64) -> Mask:
         """Compare-and-set: moves each record's slot from ``old`` to ``words`` if it still says
@@ -92,25 +91,46 @@ class Ledger:
             space.peak_bytes = space.live_bytes
         return np.concatenate(strays) if strays else np.zeros(0, np.uint64)
 
-    def _account(self, space: Space, words: U64, sign: int) -> None:
-        tags = entry.tags(words)
-        in_tier = (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)
-        pages = np.bincount(tags, minlength=entry.TAGS) * sign
-        pages[entry.FREE] = 0
-        space.pages_by_tag += pages
-        self.pages_by_tag += pages
-        self.logical_by_tag += pages * space.page_bytes
-        if not in_tier.any():
-            return
-        words, tags = words[in_tier], tags[in_tier]
-        cost = (entry.sizes(words) + ROW_BYTES) * sign
-        amount = np.zeros(entry.TAGS, np.int64)
-        np.add.at(amount, tags, cost)
-        space.bytes_by_tag += amount
-        self.bytes_by_tag += amount
+    def _account(self, space: Space, words: U64, sign: int) -> list[I64]:
+        """Adds (or takes away) what entries stand for; returns the handles they point at."""
+        if not len(words):
+            return []
+        tags = words >> entry.TAG_SHIFT
+        tag = int(tags[0])
+        if np.count_nonzero(tags == tag) == len(words):
+            handles = self._account_tag(space, tag, words, sign)
+            return [] if handles is None else [handles]
+        parts = [
+            self._account_tag(space, tag, words[tags == tag], sign)
+            for tag in np.unique(tags).tolist()
+        ]
+        return [handles for handles in parts if handles is not None]
+
+    def _account_tag(self, space: Space, tag: int, words: U64, sign: int) -> I64 | None:
+        """:meth:`_account` for entries of one tag."""
+        if tag == entry.FREE:
+            return None
+        pages = sign * len(words)
+        space.pages_by_tag[tag] += pages
+        self.pages_by_tag[tag] += pages
+        self.logical_by_tag[tag] += pages * space.page_bytes
+        if not entry.FIRST_TIER <= tag <= entry.LAST_TIER:
+            return None
         handles = entry.handles(words)
-        np.add.at(self.handles.live_bytes, handles, cost)
-        np.add.at(self.handles.live_records, handles, sign)
+        cost = entry.sizes(words)
+        cost += ROW_BYTES
+        amount = sign * int(cost.sum())
+        space.bytes_by_tag[tag] += amount
+        self.bytes_by_tag[tag] += amount
+        books = self.handles
+        first = int(handles[0])
+        if np.count_nonzero(handles == first) == len(handles):
+            books.live_bytes[first] += amount
+            books.live_records[first] += pages
+            return handles[:1]
+        np.add.at(books.live_bytes, handles, cost * sign)
+        np.add.at(books.live_records, handles, sign)
+        return handles
 
 
 def by_space(spaces: U32) -> list[tuple[int, I64 | slice]]:

@@ -19,7 +19,7 @@ from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier, TierState
 from vswap.tiers import ram
 from vswap.tiers.backend import Read
-from vswap.tiers.record import ROW_BYTES, U64, Records, concatenate, cut
+from vswap.tiers.record import HEADER_BYTES, I64, ROW_BYTES, U8, U64, Records, concatenate, cut
 from vswap.tiers.segment import build, segment_size
 from vswap.wire.errors import OutcomeUnknown, OutOfTiers, PageCorrupt, VswapError
 
@@ -73,12 +73,38 @@ class RamLog:
 
     def place(self, records: Records, stream: int) -> Placed:
         """Appends; all or nothing. Raises OutOfTiers when the tier or shared memory is full."""
-        runs = cut(records.cost, self._head_room(stream), self._arena.block_bytes)
+        runs, placed = self._open(records.cost, stream)
+        for run, handle in runs:
+            placed.words[run] = self._append(handle, records.take(run))
+        return placed
+
+    def place_raw(self, pages: U8, space: int, slots: U64, sums: U64, meta: int) -> Placed:
+        """:meth:`place` for pages (n, page_bytes) as they are, of one space and one store; ``sums``
+        (n,) are portable."""
+        runs, placed = self._open(
+            np.full(len(pages), pages.shape[1] + HEADER_BYTES + ROW_BYTES), STORES
+        )
+        for run, handle in runs:
+            row = self._handles.rows[handle]
+            payload, count = int(row["payload"]), int(row["records"])
+            some = pages[run]
+            loc = ram.append_raw(
+                self._arena.view(int(row["block"])), some, space=space, slots=slots[run],
+                sums=sums[run], meta=meta, payload=payload, count=count,
+                own=self._handles.salts[handle],
+            )  # fmt: skip
+            row["payload"] = payload + len(some) * (pages.shape[1] + HEADER_BYTES)
+            row["records"] = count + len(some)
+            placed.words[run] = entry.tier_words(self._tier.tag, handle, loc)
+        return placed
+
+    def _open(self, cost: I64, stream: int) -> tuple[list[tuple[slice, int]], Placed]:
+        """Room for records of ``cost`` bytes: which go to which open block. Pins the blocks."""
+        runs = cut(cost, self._head_room(stream), self._arena.block_bytes)
         if len(runs) - 1 > self._blocks(stream):
             raise OutOfTiers(
-                f"tier {self._tier.name} is full", tier=self._tier.name,
-                need=int(records.cost.sum()),
-            )  # fmt: skip
+                f"tier {self._tier.name} is full", tier=self._tier.name, need=int(cost.sum())
+            )
         fresh: list[int] = []
         try:
             while len(fresh) < len(runs) - 1:
@@ -87,15 +113,15 @@ class RamLog:
             for opened in fresh:
                 self._reaper.unpin(opened)
             raise
-        heads = [self._heads[stream], *fresh]
-        if heads[0] is not None:
-            self._handles.pins[heads[0]] += 1
-        placed = Placed(np.empty(len(records), np.uint64), [h for h in heads if h is not None])
-        for run, handle in zip(runs, heads, strict=True):
-            if run.stop > run.start and handle is not None:
-                placed.words[run] = self._append(handle, records.take(run))
+        head = self._heads[stream]
+        heads = fresh if head is None else [head, *fresh]
+        if head is not None:
+            self._handles.pins[head] += 1
         self._heads[stream] = heads[-1]
-        return placed
+        if head is None:
+            runs = runs[1:]
+        placed = Placed(np.empty(len(cost), np.uint64), heads)
+        return [(r, h) for r, h in zip(runs, heads, strict=True) if r.stop > r.start], placed
 
     def settle(self, placed: Placed) -> None:
         for handle in placed.segments:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from vswap.node import entry
 from vswap.node.codecs import Codecs
@@ -28,7 +29,7 @@ from vswap.node.tickets import Tickets
 from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
 from vswap.tiers.backend import Buffer
-from vswap.tiers.record import I64, ROW_BYTES, U8, U64, Mask, Records
+from vswap.tiers.record import I64, ROW_BYTES, U8, U64, Mask, Records, identity, raw_meta
 from vswap.wire.errors import (
     OutcomeUnknown,
     OutOfTiers,
@@ -123,6 +124,41 @@ class Pager:
             await self._store(space, slots, listed, pages)
         finally:
             self._tickets.end(space.number, listed)
+
+    def store_now(self, space: Space, slots: U64, pages: U8) -> bool:
+        """:meth:`store` in one turn, where the fastest tier is RAM that keeps pages as they are and
+        has room. False = nothing happened: ask :meth:`store`, which waits, or says what is wrong.
+        """
+        if space.deleted or space.limits.quota_bytes or space.limits.tier_max_bytes:
+            return False
+        tier = next((t for t in self._tiers.ranked if space.limits.allows(t.name)), None)
+        if tier is None or tier.ram is None or not tier.codec.is_none or not tier.writable:
+            return False
+        listed = slots.tolist()
+        if len(set(listed)) < len(listed):
+            return False
+        self._check(space, slots)
+        ticket = self._handles.take_sequences(1)
+        meta = raw_meta(ticket, space.page_shift)
+        fills, patterns = find_fills(pages)
+        some: Mask | slice = ~fills if np.count_nonzero(fills) else slice(None)
+        real, real_slots = pages[some], slots[some]
+        sums = np.fromiter(map(xxh3_64_intdigest, real), np.uint64, len(real))
+        sums ^= identity(space.number, real_slots, meta)
+        words = entry.fill_words(patterns)
+        log, placed = self._tiers.ram_log(tier), None
+        try:
+            if len(real):
+                placed = log.place_raw(real, space.number, real_slots, sums, meta)
+                words[some] = placed.words
+            self._commit(space, slots, listed, words, ticket)
+        except OutOfTiers:
+            return False
+        finally:
+            if placed is not None:
+                log.settle(placed)
+        self.counters["pages_stored"] += len(slots)
+        return True
 
     async def fill(self, space: Space, slots: U64, pattern: int = 0) -> None:
         """Stores the same fill page in distinct slots; see :meth:`store`. One turn."""
@@ -323,6 +359,16 @@ class Pager:
                 space=space.name, need=added, room=max(room, 0), tier=tier.name,
             )  # fmt: skip
 
+    def _check_all(self, space: Space, slots: U64, words: U64) -> None:
+        """Raises SpaceFull if these entries, in the place of the present ones, break a limit."""
+        tags = entry.tags(words)
+        cost = np.where(tags >= entry.FIRST_TIER, entry.sizes(words) + ROW_BYTES, 0)
+        if cost.any():
+            self._check_quota(space, slots, int(cost.sum()))
+            for tag in np.unique(tags[cost > 0]).tolist():
+                added = int(cost[tags == tag].sum())
+                self._check_tier(space, slots, added, self._tiers.by_tag(tag))
+
     def _commit(
         self, space: Space, slots: U64, listed: list[int], words: U64, ticket: int,
         seen: list[int] | None = None,
@@ -339,13 +385,8 @@ class Pager:
         if won is not None:
             slots, words = slots[won], words[won]
             listed = slots.tolist()
-        tags = entry.tags(words)
-        cost = np.where(tags >= entry.FIRST_TIER, entry.sizes(words) + ROW_BYTES, 0)
-        if cost.any():
-            self._check_quota(space, slots, int(cost.sum()))
-            for tag in np.unique(tags[cost > 0]).tolist():
-                added = int(cost[tags == tag].sum())
-                self._check_tier(space, slots, added, self._tiers.by_tag(tag))
+        if space.limits.quota_bytes or space.limits.tier_max_bytes:
+            self._check_all(space, slots, words)
         space.table.reserve(slots)
         self._ledger.flip(space, slots, words, space.table.get(slots))
         self._tickets.flip(space.number, listed, ticket)
@@ -597,7 +638,7 @@ class Pager:
     def _check(self, space: Space, slots: U64) -> None:
         if space.deleted:
             raise UnknownSpace(f"space {space.name!r} was deleted", space=space.name)
-        if len(slots) and int(slots.max()) >= space.max_slots:
+        if np.count_nonzero(slots >= space.max_slots):
             bad = slots[slots >= space.max_slots]
             raise SlotOutOfRange(
                 f"space {space.name!r} has {space.max_slots} slots; slot {int(bad[0])} is outside",

@@ -46,6 +46,7 @@ TIERS_FILE = "tiers.json"
 TIERS_VERSION = 1
 _REOPEN_S = 1.0
 _TICK_S = 0.5
+_COOL_BLOCKS = 8
 _SWEEP_S = 600.0
 _PRESSURE = (0.80, 0.95)
 
@@ -288,7 +289,11 @@ class Shard:
         if spec.scheme != "ram":
             metered = self._meters[spec.name] = Metered(self._seams.make_backend(spec))
             return metered
-        name, capacity = f"tier-{tag}.arena", spec.capacity_bytes
+        backend = self._make_arena(spec, f"tier-{tag}.arena", spec.capacity_bytes)
+        self._region.on_full.append(backend.shrink)
+        return backend
+
+    def _make_arena(self, spec: TierSpec, name: str, capacity: int) -> RamBackend:
         if not self._region.exists(name):
             return RamBackend(self._region.create(name, capacity), capacity)
         old = self._region.size(name)
@@ -373,6 +378,8 @@ class Shard:
             for tier in self.tiers:
                 if not tier.opened and not tier.sick_for_s:
                     await self._open_backend(tier)
+                while tier.ram is not None and tier.ram.cool(_COOL_BLOCKS):
+                    await asyncio.sleep(0)
                 self._regrow(tier)
                 self._grants.ahead(tier)
                 self._grants.give_back(tier)

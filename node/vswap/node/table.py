@@ -75,7 +75,7 @@ class SwapTable:
         """Allocates the chunks of these slots. Raises OutOfTiers when shared memory is full."""
         chunks = slots >> _CHUNK_SHIFT
         missing = self._used[chunks] == 0
-        if not missing.any():
+        if not np.count_nonzero(missing):
             return
         fresh = np.unique(chunks[missing]).tolist()
         for i, chunk in enumerate(fresh):
@@ -93,6 +93,10 @@ class SwapTable:
 
         Chunks of slots that become non-free were reserved before.
         """
+        n = len(slots)
+        if np.count_nonzero(words) == n == np.count_nonzero(old):
+            self._words[slots] = words
+            return
         delta = (words != 0).astype(np.int32) - (old != 0)
         present = slots
         if not words.all():

@@ -9,12 +9,14 @@ A block grows from both ends: payload from the front, directory rows from the ba
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
 from vswap.tiers.backend import Backend, Buffer, Listed, Read, SegmentName, Usage
 from vswap.tiers.record import (
+    HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     ROW,
     ROW_BYTES,
@@ -35,7 +37,6 @@ from vswap.wire.errors import BackendRefused, OutOfTiers, PageLost, SegmentExist
 MIN_BLOCK_BYTES = 256 * 1024
 MAX_BLOCK_BYTES = 2 * 2**20
 MIN_BLOCKS = 4
-_WARM_BLOCKS = 4
 
 
 def block_size(capacity_bytes: int) -> int:
@@ -63,7 +64,10 @@ class RamBackend(Backend):
         self._block: dict[SegmentName, int] = {}
         self._length: dict[SegmentName, int] = {}
         self._free = list(range(self.blocks - 1, -1, -1))
-        self._warm: list[int] = []
+        self._warm: deque[int] = deque()
+        """Free blocks that have memory still, the last one used last."""
+        self._least_warm = 0
+        """The fewest there were since the last :meth:`cool`."""
 
     # -------------------------------------------------------------- blocks, written in place
 
@@ -77,6 +81,7 @@ class RamBackend(Backend):
             raise SegmentExists(f"segment {name.key} exists", name=name.key)
         if self._warm:
             block = self._warm.pop()
+            self._least_warm = min(self._least_warm, len(self._warm))
         elif self._free:
             block = self._free[-1]
             self._mapping.reserve(block * self.block_bytes, self.block_bytes)
@@ -99,9 +104,32 @@ class RamBackend(Backend):
         if block is None:
             return
         del self._length[name]
-        if len(self._warm) < _WARM_BLOCKS:
-            self._warm.append(block)
-        else:
+        self._warm.append(block)
+
+    def cool(self, most: int) -> bool:
+        """Gives memory of free blocks back that was not needed since the last round, of at most so
+        many blocks; True = there is more in this round. Call it every second or so.
+
+        A page of a fresh block costs 3 us more to write: the kernel clears it, and maps it.
+        """
+        unused = min(self._least_warm, most)
+        self._punch_warm(unused)
+        self._least_warm -= unused
+        if self._least_warm:
+            return True
+        self._least_warm = len(self._warm)
+        return False
+
+    def shrink(self) -> int:
+        """Gives the memory of all free blocks back; returns how many had some."""
+        warm = len(self._warm)
+        self._punch_warm(warm)
+        self._least_warm = 0
+        return warm
+
+    def _punch_warm(self, count: int) -> None:
+        for _ in range(count):
+            block = self._warm.popleft()
             self._mapping.punch(block * self.block_bytes, self.block_bytes)
             self._free.append(block)
 
@@ -162,6 +190,28 @@ def append(block: U8, records: Records, *, payload: int, count: int, own: np.uin
     end = len(block) - ROW_BYTES * count
     rows = block[end - ROW_BYTES * len(records) : end].view(ROW)[::-1]
     rows["space"], rows["slot"], rows["loc"] = records.space, records.slot, loc
+    return loc
+
+
+def append_raw(
+    block: U8, pages: U8, *, space: int, slots: U64, sums: U64, meta: int, payload: int, count: int,
+    own: np.uint64,
+) -> np.ndarray:  # fmt: skip
+    """:func:`append` for pages (n, page_bytes) as they are: one copy of the bytes.
+
+    ``sums`` (n,) are portable; ``meta`` is the same for all.
+    """
+    n, page_bytes = pages.shape
+    size = page_bytes + HEADER_BYTES
+    records = block[payload : payload + n * size].reshape(n, size)
+    records[:, HEADER_BYTES:] = pages
+    headers = records.view(np.uint64)
+    headers[:, 0] = sums ^ own
+    headers[:, 1] = meta
+    loc = make_loc(payload + size * np.arange(n), np.full(n, size))
+    end = len(block) - ROW_BYTES * count
+    rows = block[end - ROW_BYTES * n : end].view(ROW)[::-1]
+    rows["space"], rows["slot"], rows["loc"] = space, slots, loc
     return loc
 
 

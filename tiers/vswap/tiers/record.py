@@ -61,14 +61,17 @@ def mix(x: U64) -> U64:
     return x
 
 
-def identity(space: U32 | int, slot: U32 | U64, meta: U64) -> U64:
-    """What ties a checksum to a slot of a space and to one store of it."""
+def identity(space: U32 | int, slot: U32 | U64, meta: U64 | int) -> U64:
+    """What ties a checksum to a slot of a space and to one store of it.
+
+    For a given ``meta`` no two slots have the same, and for a slot no two ``meta``.
+    """
     if isinstance(space, int):
-        key = slot + np.uint64(((space << 32) + int(_K1)) & (1 << 64) - 1)
+        key = slot + np.uint64(space << 32)
     else:
-        key = ((space.astype(np.uint64) << _S32) | slot) + _K1
-    key = mix(key)
-    key ^= meta
+        key = (space.astype(np.uint64) << _S32) | slot
+    key *= _K1
+    key ^= np.uint64(meta) if isinstance(meta, int) else meta
     return mix(key)
 
 
@@ -88,6 +91,11 @@ def make_meta(sequence: U64, codec: U8, padding: NDArray[np.integer], page_shift
     meta |= codec.astype(np.uint64) << np.uint64(12)
     meta |= padding.astype(np.uint64) << np.uint64(8)
     return meta
+
+
+def raw_meta(sequence: int, page_shift: int) -> int:
+    """:func:`make_meta` of a page that is stored as it is."""
+    return sequence << 16 | page_shift
 
 
 def meta_sequence(meta: U64) -> U64:

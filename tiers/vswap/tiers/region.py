@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,16 @@ from vswap.wire.errors import OutOfTiers, StateInvalid
 class Mapping:
     """One sparse file, mapped shared and whole. Not thread-safe."""
 
-    def __init__(self, path: Path, size: int, *, create: bool) -> None:
+    def __init__(
+        self, path: Path, size: int, *, create: bool, on_full: Callable[[], int] = lambda: 0
+    ) -> None:
         """Maps ``size`` bytes of ``path``; ``create`` replaces what is there.
 
         An existing file that is shorter grows (a table whose maximum was raised); one that is
-        longer is refused with StateInvalid.
+        longer is refused with StateInvalid. ``on_full`` is asked to give memory back, and says how
+        much of it did, before :meth:`reserve` gives up.
         """
+        self._on_full = on_full
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
         self.path = path
         self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -60,6 +64,9 @@ class Mapping:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
                 raise
+            if self._on_full():
+                self.reserve(offset, length)
+                return
             raise OutOfTiers(
                 f"shared memory at {self.path.parent} is full (needed {length} bytes more)",
                 need=length,
@@ -110,13 +117,19 @@ class Region:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.on_full: list[Callable[[], int]] = []
+        """Asked for memory when there is none left: each gives back what it can, and says how
+        many pieces that was."""
+
+    def _make_room(self) -> int:
+        return sum(give() for give in self.on_full)
 
     def create(self, name: str, size: int) -> Mapping:
-        return Mapping(self.directory / name, size, create=True)
+        return Mapping(self.directory / name, size, create=True, on_full=self._make_room)
 
     def open(self, name: str, size: int) -> Mapping:
         """Raises StateInvalid where it is missing."""
-        return Mapping(self.directory / name, size, create=False)
+        return Mapping(self.directory / name, size, create=False, on_full=self._make_room)
 
     def exists(self, name: str) -> bool:
         return (self.directory / name).exists()

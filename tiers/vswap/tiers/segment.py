@@ -39,7 +39,7 @@ from vswap.tiers.record import (
 from vswap.wire.errors import PageCorrupt
 
 MAGIC = b"VSWAPSEG"
-VERSION = 1
+VERSION = 2
 _TRAILER = struct.Struct("<8sHHI16s16sQII")
 _HASH = struct.Struct("<Q")
 TRAILER_BYTES = _TRAILER.size + _HASH.size

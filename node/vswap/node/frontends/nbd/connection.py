@@ -8,6 +8,8 @@ a client that has too much under way, or that does not take its replies, is not 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
@@ -24,11 +26,13 @@ from vswap.node.frontends.nbd.replies import Replies
 from vswap.node.frontends.nbd.requests import Parser, ProtocolError, Write
 from vswap.node.frontends.nbd.wire import Command
 from vswap.tiers.backend import Buffer
-from vswap.tiers.record import U64
+from vswap.tiers.record import U8, U64
 from vswap.wire.errors import NBD_ERRNO, InternalError, VswapError
 
-_BUFFER_BYTES = 256 * 1024
-_TURN_PAGES = 64
+_MOST_BUFFERS = 1024
+"""IOV_MAX of Linux."""
+_BUFFER_BYTES = 512 * 1024
+_TURN_PAGES = 128
 """Pages that are read in one turn of the loop, before others have theirs."""
 _STORE_PAGES = 256
 _LONG_BYTES = 2**20
@@ -74,6 +78,9 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are none of asyncio's by type.
         self._transport = transport = cast(asyncio.Transport, transport)
+        # The same socket beside the transport, to send from where pages lie.
+        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _WRITE_HIGH)
         transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         self._deadline = asyncio.get_running_loop().call_later(_HANDSHAKE_S, self.abort)
         assert self._handshake is not None
@@ -82,6 +89,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        self._socket.close()
         self._ending = True
         self._can_write.set()
         self._queue.clear()
@@ -204,8 +212,26 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _send(self, *parts: Buffer) -> None:
-        if self._transport is not None:
-            self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
+        """Sends buffers that the caller may use again: straight from where they lie, as far as the
+        socket takes them; only the rest is copied."""
+        transport = self._transport
+        if transport is None:
+            return
+        sent = 0
+        if not transport.get_write_buffer_size() and not transport.is_closing():
+            try:
+                sent = self._socket.sendmsg(parts[:_MOST_BUFFERS])
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                # The transport finds out for itself.
+                return
+        if sent or len(parts) > 1:
+            rest = sum(map(len, parts)) - sent
+            if not rest:
+                return
+            parts = (memoryview(b"".join(parts))[sent:],)
+        transport.write(parts[0])
 
     def _spawn(self, work: Coroutine[Any, Any, None], cost_bytes: int) -> None:
         """Runs work that holds ``cost_bytes`` of memory."""
@@ -363,7 +389,7 @@ class Connection(asyncio.BufferedProtocol):
                 late.append(read)
             position = end
         if parts:
-            self._send(b"".join(parts))
+            self._send(*parts)
         if late:
             self._spawn(self._serve_late(late), sum(length for _, _, length in late))
 
@@ -388,7 +414,7 @@ class Connection(asyncio.BufferedProtocol):
             parts.append(self._replies.data(cookie, offset, length))
             parts.append(data[position : position + length])
             position += length
-        self._send(b"".join(parts))
+        self._send(*parts)
         await self._drained()
 
     async def _read(self, cookie: int, offset: int, length: int) -> None:
@@ -470,29 +496,46 @@ class Connection(asyncio.BufferedProtocol):
                 parts.setdefault(slot, []).append((write, start, bytes(data[a:b])))
 
     def _store_whole(self, whole: list[tuple[Write, int, memoryview]]) -> None:
-        """Takes pieces of about a batch off ``whole`` and stores them."""
-        taken: list[tuple[Write, U64]] = []
-        copied: list[memoryview] = []
-        size = 0
-        while whole and size < _STORE_PAGES << self._shift:
-            write, offset, data = whole.pop(0)
-            taken.append((write, self._device.slots(offset, len(data))))
-            copied.append(data)
-            size += len(data)
-        pages = np.frombuffer(b"".join(copied), np.uint8).reshape(-1, self._page_bytes)
-        self._spawn(self._write(taken, pages), size)
+        """Takes pieces of about a batch off ``whole`` and stores them: now, or in a task, which
+        needs a copy, since the buffer receives what comes next."""
+        taken: list[tuple[Write, int]] = []
+        views: list[memoryview] = []
+        slots: list[int] = []
+        size, shift = 0, self._shift
+        for write, offset, data in whole:
+            if size >= _STORE_PAGES << shift:
+                break
+            length = len(data)
+            taken.append((write, length >> shift))
+            views.append(data)
+            slots.extend(range(offset >> shift, (offset + length) >> shift))
+            size += length
+        del whole[: len(taken)]
+        data = views[0] if len(views) == 1 else memoryview(b"".join(views))
+        pages = np.frombuffer(data, np.uint8).reshape(-1, self._page_bytes)
+        where = np.array(slots, np.uint64)
+        try:
+            if self._device.write_now(where, pages):
+                self._stored([write for write, _ in taken])
+                return
+        except VswapError:
+            # Which of them it was, the task finds out.
+            pass
+        if len(views) == 1:
+            pages = pages.copy()
+        self._spawn(self._write(taken, where, pages), size)
 
-    async def _write(self, taken: list[tuple[Write, U64]], pages: Any) -> None:
-        """Stores pieces in one go, and one by one if that fails, so that each has its own fate."""
-        slots = taken[0][1] if len(taken) == 1 else np.concatenate([s for _, s in taken])
+    async def _write(self, taken: list[tuple[Write, int]], slots: U64, pages: U8) -> None:
+        """Stores pieces (write, pages) in one go, and one by one if that fails, so that each has
+        its own fate."""
         try:
             await self._device.write_slots(slots, pages)
         except VswapError as error:
             if len(taken) > 1:
                 position = 0
                 for piece in taken:
-                    end = position + len(piece[1])
-                    await self._write([piece], pages[position:end])
+                    end = position + piece[1]
+                    await self._write([piece], slots[position:end], pages[position:end])
                     position = end
                 return
             self._failed(taken[0][0], error)
@@ -523,4 +566,4 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 parts.append(self._replies.done(write.cookie))
         if parts:
-            self._send(b"".join(parts))
+            self._send(*parts)
