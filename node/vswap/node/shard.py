@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import numpy as np
 import structlog
 
 from vswap.node import report
@@ -460,6 +461,7 @@ class Shard:
         for counters in self.frontends:
             total.update(counters)
         total["swept_segments"] = self._sweeper.swept
+        total["pinned_segments"] = int(np.count_nonzero(self.handles.pins))
         return dict(total)
 
     def table_bytes(self) -> int:

@@ -228,7 +228,7 @@ NBD_ERRNO: dict[type[VswapError], int] = {
     SlotOutOfRange: errno.EINVAL,
     DuplicateSlots: errno.EINVAL,
     BatchTooLarge: errno.EOVERFLOW,
-    UnknownSpace: errno.EINVAL,
+    UnknownSpace: errno.ESHUTDOWN,  # An export that was deleted while it was in use.
     UnknownTier: errno.EINVAL,
     UnknownNode: errno.EINVAL,
     UnknownJob: errno.EINVAL,

@@ -66,6 +66,9 @@ class Parser:
                 position += step
                 continue
             if end - position < header:
+                # Garbage shows as soon as it has a word.
+                if end - position >= 4 and bytes(data[position : position + 4]) != wire.MAGIC:
+                    raise ProtocolError("no request begins like this")
                 break
             magic, flags, command, cookie, offset, length = unpack(data, position)
             if magic != wire.REQUEST_MAGIC:
