@@ -10,6 +10,7 @@ import typer
 
 from vswap.cli import exits, health, jobs, load, nodes, run, spaces, status, tiers
 from vswap.cli.demo import command
+from vswap.cli.device import commands as device
 from vswap.wire.errors import VswapError
 
 app = typer.Typer(
@@ -31,6 +32,9 @@ app.command("drain")(jobs.drain)
 app.command("activate")(tiers.activate)
 app.command("migrate")(jobs.migrate)
 app.command("compact")(jobs.compact)
+app.command("attach")(device.attach)
+app.command("detach")(device.detach)
+app.command("exec")(device.execute)
 app.command("loadgen")(load.loadgen)
 app.command("demo")(command.demo)
 

@@ -74,6 +74,10 @@ def node(
             "Default: unix:STATE/nbd.sock.",
         ),
     ] = None,
+    swap_safe: Annotated[
+        bool | None,
+        typer.Option("--swap-safe", help="Lock memory, so that this machine may swap on the node."),
+    ] = None,
     fresh: Annotated[
         bool | None, typer.Option("--fresh", help="Start empty; drop pages of an earlier run.")
     ] = None,
@@ -89,6 +93,7 @@ def node(
         state_dir=_text(state),
         insecure=insecure,
         fresh=fresh,
+        swap_safe=swap_safe,
     )
     raise typer.Exit(daemon.run(daemon.load_config(config, os.environ, flags)))
 

@@ -33,6 +33,7 @@ _VARIABLES = {
     "VSWAP_NODE_NBD": "nbd",
     "VSWAP_NODE_STATE_DIR": "state_dir",
     "VSWAP_NODE_INSECURE": "insecure",
+    "VSWAP_NODE_SWAP_SAFE": "swap_safe",
     "VSWAP_NODE_THREADS": "threads",
     "VSWAP_NODE_EXCLUSIVE_TIMEOUT_S": "exclusive_timeout_s",
     "VSWAP_NODE_LOG_LEVEL": "log_level",
@@ -108,6 +109,8 @@ class NodeConfig(BaseModel):
     """Default: ``$XDG_RUNTIME_DIR/vswap/NAME``, else ``/dev/shm/vswap-UID/NAME``."""
     insecure: bool = False
     fresh: bool = False
+    swap_safe: bool = False
+    """Lock memory and the like, so that this machine itself may swap on the node."""
     threads: int = Field(default_factory=lambda: min(len(os.sched_getaffinity(0)), 8), ge=1, le=64)
     exclusive_timeout_s: float = Field(default=60.0, gt=0, le=86400)
     inflight_bytes: int = Field(default=64 * 2**20, ge=2**20)

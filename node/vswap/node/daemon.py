@@ -23,6 +23,7 @@ from vswap.node.config import NodeConfig, load_config
 from vswap.node.control import Control
 from vswap.node.frontends.grpc_pages import PagesService
 from vswap.node.frontends.nbd.server import NbdServer
+from vswap.node.harden import harden
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.v1 import node_pb2, node_pb2_grpc
@@ -51,6 +52,9 @@ def run(config: NodeConfig) -> int:
         check_listen(where, insecure=config.insecure)
     _configure_logging(config.log_level)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    if config.swap_safe:
+        for what, why in harden().items():
+            logger.warning("not as safe to swap on as it could be", missing=what, why=why)
     path = Path(config.state_dir) if config.state_dir else None
     directory = StateDirectory(path or runtime_directory(config.name, dict(os.environ)))
     directory.lock()

@@ -7,6 +7,7 @@ full file system into an error. *Reading* a hole allocates a page too: scan with
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -18,6 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vswap.wire.errors import OutOfTiers, StateInvalid
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Mapping:
@@ -74,7 +79,10 @@ class Mapping:
 
     def punch(self, offset: int, length: int) -> None:
         """Gives a page-aligned range back; it reads as zeros afterwards."""
-        self._mmap.madvise(mmap.MADV_REMOVE, offset, length)
+        # Not MADV_REMOVE: that is refused where memory is locked.
+        if _fallocate(self._fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(self.path))
 
     def advise_huge(self) -> None:
         """Asks for huge pages, where the kernel has them."""

@@ -1,0 +1,103 @@
+"""What was done to attach a device: on file before it is done, so that it can be undone in order.
+
+Also by another process, after a kill at any point: each step is found by what is true of the
+machine, not by what we believe to have done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vswap.wire.errors import Refused, StateInvalid
+
+VERSION = 1
+DIRECTORY = Path("/run/vswap/attached")
+
+Step = dict[str, Any]
+Undo = Callable[[Step], None]
+
+
+class Journal:
+    """The steps of one attached device. A context that holds the file's lock."""
+
+    def __init__(self, name: str, directory: Path = DIRECTORY) -> None:
+        self.name = name
+        self.path = directory / f"{name}.json"
+        self.steps: list[Step] = []
+        self._fd = -1
+
+    def __enter__(self) -> Journal:
+        """Locks and reads. Raises Refused while another command is at it, StateInvalid."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = self.path.with_suffix(".lock")
+        self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise Refused(f"{self.name} is being attached or detached by another command") from (
+                error
+            )
+        self.steps = self._read()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        os.close(self._fd)
+
+    def _read(self) -> list[Step]:
+        try:
+            state = json.loads(self.path.read_text())
+            if state["version"] != VERSION:
+                raise StateInvalid(f"{self.path} has format version {state['version']}")
+            return list(state["steps"])
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateInvalid(f"{self.path} is damaged: {error}", path=str(self.path)) from error
+
+    def _save(self) -> None:
+        if not self.steps:
+            self.path.unlink(missing_ok=True)
+            return
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(json.dumps({"version": VERSION, "steps": self.steps}, indent=1))
+        temporary.replace(self.path)
+
+    def begin(self, kind: str, **facts: Any) -> Step:
+        """Notes a step that is about to be done. Facts found out while doing it: :meth:`amend`."""
+        step = {"kind": kind, **facts}
+        self.steps.append(step)
+        self._save()
+        return step
+
+    def amend(self, step: Step, **facts: Any) -> None:
+        step.update(facts)
+        self._save()
+
+    def find(self, kind: str) -> Step | None:
+        return next((step for step in self.steps if step["kind"] == kind), None)
+
+    def undo(self, undoers: Mapping[str, Undo]) -> None:
+        """Undoes all steps, the last one first; stops at one that cannot be undone, and raises.
+
+        What is left stays on file, for another try.
+        """
+        while self.steps:
+            step = self.steps[-1]
+            undoers[step["kind"]](step)
+            self.steps.pop()
+            self._save()
+
+
+def attached(directory: Path = DIRECTORY) -> list[str]:
+    """Names of what is attached, or was half attached when a command died."""
+    return sorted(path.stem for path in directory.glob("*.json"))
