@@ -154,6 +154,8 @@ class Node:
         self.pages: dict[str, tuple[int, int]] = {}
         """tier -> (live, stored) bytes, own and cluster's."""
         self.deleting: dict[str, int] = {}
+        self.errors: dict[str, str] = {}
+        """Why tiers are not available to it."""
         self.local = local
         self.ages: list[tuple[str, int, int]] = []
         self.directives: dict[str, coordinator_pb2.Directive] = {}
@@ -310,7 +312,8 @@ class Node:
                     deleting=self.deleting.get(name, 0),
                     local=name in self.local,
                     state=common_pb2.TIER_STATE_ACTIVE,
-                    available=True,
+                    available=name not in self.errors,
+                    error=self.errors.get(name, ""),
                 )
             )
         return usages

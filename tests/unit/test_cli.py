@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from client_support import DictNode, dict_node, run_vswap
 
-from vswap.cli import exits, output, units
+from vswap.cli import exits, output, tiers, units
 from vswap.cli.demo import plan as plans
 from vswap.v1 import common_pb2, coordinator_pb2, node_pb2
 from vswap.wire import errors
@@ -232,3 +232,13 @@ def test_the_plan_needs_every_tier() -> None:
 
 def test_tier_state_names_are_short() -> None:
     assert output.enum_name(common_pb2.Tier(state="TIER_STATE_DRAINED"), "state") == "drained"
+
+
+def test_a_shared_tier_that_nodes_cannot_use_is_remarked_upon() -> None:
+    def info(name: str, error: str) -> coordinator_pb2.TierInfo:
+        tier = common_pb2.Tier(spec=common_pb2.TierSpec(name=name))
+        usage = common_pb2.TierUsage(tier=name, available=not error, error=error)
+        return coordinator_pb2.TierInfo(tier=tier, usage=usage)
+
+    status = coordinator_pb2.ClusterStatus(tiers=[info("a", ""), info("b", "n1: no password")])
+    assert [*tiers.unavailable(status)] == ["b is not available at n1: no password"]

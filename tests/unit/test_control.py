@@ -27,7 +27,13 @@ from vswap.tiers.wrappers.faulty import FaultPlan, Faulty
 from vswap.v1 import common_pb2, coordinator_pb2_grpc
 from vswap.v1 import coordinator_pb2 as pb
 from vswap.wire.aio import served_stream
-from vswap.wire.errors import AlreadyExists, InvalidRequest, Refused, VswapError
+from vswap.wire.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    Refused,
+    TierUnavailable,
+    VswapError,
+)
 
 MIB = 2**20
 LEASE_S = 30.0
@@ -313,6 +319,78 @@ async def test_a_tier_with_the_name_of_a_local_one_changes_nothing(tmp_path: Pat
         assert [t.name for t in shard.tiers] == ["mine"]
         assert shard.generation == 0
         assert not any(m.HasField("generation_ack") for m in stream.said)
+
+
+def locked(spec: TierSpec) -> Backend:
+    """A backend that needs its tier's password to be made."""
+    spec.password()
+    return make_backend(spec)
+
+
+async def test_a_tier_without_its_password_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = Coordinator()
+    monkeypatch.delenv("VSWAP_TEST_SECRET", raising=False)
+    spec = objects(tmp_path / "o", rank=-1, password_env="VSWAP_TEST_SECRET")
+    seams = Seams(make_backend=locked)
+    async with (
+        open_shard(tmp_path / "s", ram(), seams=seams) as shard,
+        listening(coordinator) as address,
+        linked(shard, address),
+    ):
+        stream = await coordinator.stream()
+        stream.say(configuration=configuration(3, tier(spec)))
+        assert (await stream.hears("generation_ack")).generation == 3
+        stream.say(grant=pb.Grant(tier="objects", total_bytes=64 * MIB))
+        report = await stream.hears("report", lambda r: r.grants and r.grants[0].total_bytes)
+        told = next(usage for usage in report.tiers if usage.tier == "objects")
+        assert not told.available
+        assert told.error == "environment variable VSWAP_TEST_SECRET is not set"
+        # Stores pass it over; where nothing else is allowed they say why they cannot.
+        anywhere = shard.spaces.create("anywhere")
+        await shard.pager.store(anywhere, slots(1), pages(slots(1), 1))
+        assert shard.tiers.get("objects").stored_bytes == 0
+        only = anywhere.limits.model_copy(update={"tiers": ("objects",)})
+        there = shard.spaces.create("there", limits=only)
+        with pytest.raises(TierUnavailable, match="VSWAP_TEST_SECRET is not set"):
+            await shard.pager.store(there, slots(1), pages(slots(1), 1))
+    # A restart takes it up again, with the variable or without.
+    async with open_shard(tmp_path / "s", ram(), seams=seams) as shard:
+        assert not shard.tiers.get("objects").available
+        assert (await shard.pager.load(shard.spaces.get("anywhere"), slots(1))).any()
+    monkeypatch.setenv("VSWAP_TEST_SECRET", "x")
+    async with open_shard(tmp_path / "s", ram(), seams=seams) as shard:
+        assert shard.tiers.get("objects").available
+        shard.set_grant("objects", 64 * MIB)
+        await shard.pager.store(shard.spaces.get("there"), slots(1), pages(slots(1), 1))
+        assert shard.tiers.get("objects").stored_bytes
+
+
+async def test_a_password_that_comes_later_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "password"
+    spec = objects(tmp_path / "o", password_file=str(file))
+    async with open_shard(tmp_path / "s", ram(), seams=Seams(make_backend=locked)) as shard:
+        await shard.configure(1, [(spec, TierState.ACTIVE)])
+        assert "cannot read password file" in shard.tiers.get("objects").error
+        file.write_text("x")
+        async with asyncio.timeout(10):
+            while not shard.tiers.get("objects").available:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_tier_that_was_removed_and_added_again_at_once_is_another(tmp_path: Path) -> None:
+    first = objects(tmp_path / "o", password_file=str(tmp_path / "missing"))
+    second = objects(tmp_path / "p", mib=64)
+    async with open_shard(tmp_path / "s", ram(), seams=Seams(make_backend=locked)) as shard:
+        await shard.configure(1, [(first, TierState.ACTIVE)])
+        await shard.configure(3, [(second, TierState.ACTIVE)])
+        now = shard.tiers.get("objects")
+        assert now.available
+        await shard.configure(4, [(objects(tmp_path / "p", mib=32), TierState.ACTIVE)])
+        assert shard.tiers.get("objects") is now
 
 
 async def test_what_was_asked_on_a_lost_stream_is_asked_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from plans import CLUSTER, MIB, World
 
+from vswap.coordinator import views
 from vswap.coordinator.events import (
     DeleteSegments,
     ForgetNode,
@@ -37,6 +38,19 @@ def test_a_new_node_is_welcomed_configured_and_acknowledges(world: World) -> Non
     assert node.generation == world.state.generation == 2
     assert world.state.connected(node.uuid)
     assert world.state.shards[node.uuid].generation == 2
+
+
+def test_a_tier_tells_which_nodes_cannot_use_it_and_why(world: World) -> None:
+    node, other = world.node("n1"), world.node("n2")
+    other.fill("a", MIB)
+    assert views.usage(world.state, world.state.tiers["a"]).available
+    node.fill("a", MIB)
+    node.errors["a"] = "environment variable X is not set"
+    node.report()
+    usage = views.usage(world.state, world.state.tiers["a"])
+    assert (usage.available, usage.error) == (False, "n1: environment variable X is not set")
+    node.disconnect()
+    assert views.usage(world.state, world.state.tiers["a"]).available
 
 
 def test_nodes_of_another_cluster_and_without_identity_are_refused(world: World) -> None:

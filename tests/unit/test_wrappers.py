@@ -10,6 +10,7 @@ import pytest
 from vswap.tiers.backend import Backend, Read, SegmentName, prefix
 from vswap.tiers.factory import make_backend
 from vswap.tiers.spec import TierSpec
+from vswap.tiers.unmade import Unmade
 from vswap.tiers.wrappers.faulty import FaultPlan, Faulty
 from vswap.tiers.wrappers.metered import Metered
 from vswap.wire.errors import (
@@ -40,6 +41,20 @@ async def stored(backend: Backend, serial: int) -> bytes | None:
     [data] = await backend.get([Read(name(serial), 0, found[name(serial).key])])
     assert not isinstance(data, VswapError)
     return bytes(data)
+
+
+# ---------------------------------------------------------------- none at all
+
+
+async def test_what_could_not_be_made_is_unavailable_and_says_why() -> None:
+    unmade = Unmade("t", "no password")
+    calls = [unmade.open(), unmade.put(name(1), DATA), unmade.delete([name(1)]), unmade.usage()]
+    for call in [*calls, anext(aiter(unmade.list("vswap/")))]:
+        with pytest.raises(TierUnavailable, match="no password"):
+            await call
+    [error] = await unmade.get([Read(name(1), 0, 1)])
+    assert isinstance(error, TierUnavailable)
+    await unmade.close()
 
 
 # ---------------------------------------------------------------- faulty

@@ -61,6 +61,7 @@ def show(
     console.print(f"backing: {used} used, {units.size(status.usable_free_bytes)} of pages free")
     console.print()
     console.print(tier_table(list(status.tiers)))
+    output.remarks(f"{tier.tier}: {tier.error}" for tier in status.tiers if tier.error)
     counters = [(name, units.count(value)) for name, value in sorted(status.counters.items())]
     if counters:
         console.print()

@@ -51,6 +51,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = ""
     return result
 
 
+def remarks(lines: Iterable[str]) -> None:
+    """What a table has no column for, a line each, set apart."""
+    console = stdout()
+    for line in lines:
+        console.print(f"\n{line}", markup=False)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, indent=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from vswap.cli import jobs, nodes, options, output, units
+from vswap.cli import jobs, nodes, options, output, tiers, units
 from vswap.v1 import common_pb2, coordinator_pb2
 
 
@@ -48,12 +48,12 @@ def status(
     if running:
         console.print()
         console.print(jobs.job_table(running))
-    for stranger in state.strangers:
-        console.print(
-            f"\n{stranger.tier}: {stranger.segments} segments ({units.size(stranger.bytes)}) under "
-            f"{stranger.prefix} belong to nobody this cluster knows; they are left alone",
-            markup=False,
-        )
+    output.remarks(tiers.unavailable(state))
+    output.remarks(
+        f"{stranger.tier}: {stranger.segments} segments ({units.size(stranger.bytes)}) under "
+        f"{stranger.prefix} belong to nobody this cluster knows; they are left alone"
+        for stranger in state.strangers
+    )
 
 
 def _absent(node: coordinator_pb2.NodeInfo) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -9,7 +10,7 @@ import typer
 
 from vswap.cli import options, output, units
 from vswap.cli.nodes import utilisation
-from vswap.v1 import common_pb2
+from vswap.v1 import common_pb2, coordinator_pb2
 from vswap.wire.errors import InvalidRequest
 
 app = typer.Typer(help="See and change the tiers that nodes share.", no_args_is_help=True)
@@ -68,6 +69,7 @@ def list_tiers(
         ">LIVE",
     )
     output.stdout().print(output.table(columns, rows))
+    output.remarks(unavailable(status))
 
 
 @app.command()
@@ -176,6 +178,13 @@ def activate(
     """Let a drained tier take pages again."""
     with options.operator(coordinator) as cluster:
         _show(cluster.activate_tier(tier), as_json)
+
+
+def unavailable(status: coordinator_pb2.ClusterStatus) -> Iterator[str]:
+    """A line for each shared tier that some connected node cannot use, with the reason."""
+    for info in status.tiers:
+        if not info.usage.available:
+            yield f"{info.tier.spec.name} is not available at {info.usage.error}"
 
 
 def _show(tier: common_pb2.Tier, as_json: bool) -> None:

@@ -57,11 +57,12 @@ def tier_message(tier: Tier) -> common_pb2.Tier:
 
 
 def usage(state: State, tier: Tier) -> common_pb2.TierUsage:
-    """A cluster tier summed over its nodes, as they last said."""
+    """A cluster tier summed over its nodes, as they last said; ``error`` names who lacks it."""
     name = tier.spec.name
     total = common_pb2.TierUsage(
         tier=name, state=tier.state, rank=tier.spec.rank, available=True, local=False
     )
+    errors = []
     for shard in state.members():
         said = state.usage(shard.uuid, name)
         if said is None or said.local:
@@ -70,6 +71,8 @@ def usage(state: State, tier: Tier) -> common_pb2.TierUsage:
             setattr(total, field, getattr(total, field) + getattr(said, field))
         if state.connected(shard.uuid) and not said.available:
             total.available = False
+            errors.append(f"{shard.name}: {said.error or 'not opened yet'}")
+    total.error = "; ".join(sorted(errors))
     return total
 
 

@@ -188,7 +188,8 @@ class Control:
     async def _take_configurations(self) -> None:
         """Takes up the newest configuration, one at a time, whether or not a stream is open.
 
-        One that fails (a password file that is missing) is tried again until there is a newer one.
+        One that fails (a tier has the name of one of the node's own) is tried again until there is
+        a newer one.
         """
         told = ""
         while True:

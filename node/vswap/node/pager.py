@@ -312,17 +312,16 @@ class Pager:
         if isinstance(refused, SpaceFull):
             space.events["quota"] += 1
             return refused
-        sick = [t.name for t in allowed if not t.writable and t.state is TierState.ACTIVE]
+        sick = [t for t in allowed if not t.writable and t.state is TierState.ACTIVE]
         if sick:
             return TierUnavailable(
-                f"no room for {need} bytes, and {', '.join(sick)} cannot be written now",
-                tier=sick[0], need=need,
+                f"no room for {need} bytes, and some tiers cannot be written now ({_named(sick)})",
+                tier=sick[0].name, need=need,
             )  # fmt: skip
         space.events["out_of_tiers"] += 1
-        names = [f"{t.name}: {t.error}" if t.error else t.name for t in allowed]
         return OutOfTiers(
             f"space {space.name!r}: no allowed tier has room for {need} bytes of pages "
-            f"({', '.join(names) or 'no tier is allowed'})",
+            f"({_named(allowed) or 'no tier is allowed'})",
             space=space.name, need=need, tiers=[t.name for t in allowed],
         )  # fmt: skip
 
@@ -652,6 +651,11 @@ def _charges(space: Space, slots: U64) -> tuple[U8, I64]:
     tags = entry.tags(old)
     in_tier = (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)
     return tags, np.where(in_tier, entry.sizes(old) + ROW_BYTES, 0)
+
+
+def _named(tiers: list[Tier]) -> str:
+    """Tiers and what is wrong with each, for a message."""
+    return ", ".join(f"{tier.name}: {tier.error}" if tier.error else tier.name for tier in tiers)
 
 
 def _last_wins(slots: U64, pages: U8) -> tuple[U64, U8]:

@@ -31,6 +31,7 @@ class TierUsage:
     local: bool
     state: TierState
     rank: int
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ def tier_usage(tier: Tier, ledger: Ledger, reaper: Reaper) -> TierUsage:
         local=tier.local,
         state=tier.state,
         rank=tier.spec.rank,
+        error=tier.error,
     )
 
 

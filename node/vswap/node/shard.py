@@ -40,8 +40,9 @@ from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
 from vswap.tiers.ram import RamBackend, block_size
 from vswap.tiers.spec import TierSpec
+from vswap.tiers.unmade import Unmade
 from vswap.tiers.wrappers.metered import Metered
-from vswap.wire.errors import AlreadyExists, Refused, StateInvalid, VswapError
+from vswap.wire.errors import AlreadyExists, BadConfig, Refused, StateInvalid, VswapError
 
 TIERS_FILE = "tiers.json"
 TIERS_VERSION = 1
@@ -240,7 +241,7 @@ class Shard:
         self.generation = generation
         wanted = {spec.name: (spec, state) for spec, state in tiers}
         for tier in [tier for tier in self.tiers if not tier.local]:
-            if tier.name in wanted:
+            if tier.name in wanted and not _replaced(tier, wanted[tier.name][0]):
                 continue
             # What still lies in a removed tier stays readable, also over a restart.
             tier.state = TierState.DRAINED
@@ -272,8 +273,16 @@ class Shard:
             tag = self.tiers.free_tag(set(self._tags.values()))
             self._tags[spec.name] = tag
             self._save_tiers()
+        try:
+            backend = self._make_backend(spec, tag)
+        except BadConfig as error:
+            # The operator of this node sees its own tiers refused. One of the cluster's must not
+            # keep the node from the rest of a configuration.
+            if local:
+                raise
+            backend = Unmade(spec.name, str(error))
         tier = Tier(
-            spec, tag, self._make_backend(spec, tag), self.handles, local=local,
+            spec, tag, backend, self.handles, local=local,
             clock=self._seams.clock, rng=self._seams.rng,
         )  # fmt: skip
         tier.state = state
@@ -308,11 +317,15 @@ class Shard:
         return RamBackend(self._region.open(name, capacity), capacity)
 
     async def _open_backend(self, tier: Tier) -> VswapError | None:
+        known = tier.error
         try:
+            if isinstance(tier.backend, Unmade):
+                tier.backend = self._make_backend(tier.spec, tier.tag)
             await tier.backend.open()
         except VswapError as error:
             tier.failed(error)
-            logger.warning("tier cannot be opened", tier=tier.name, error=str(error))
+            if tier.error != known:
+                logger.warning("tier cannot be opened", tier=tier.name, error=tier.error)
             return error
         tier.opened = True
         tier.succeeded()
@@ -467,6 +480,15 @@ class Shard:
     def table_bytes(self) -> int:
         """Shared memory that the swap tables take."""
         return sum(space.table.allocated_bytes for space in self.spaces)
+
+
+def _replaced(tier: Tier, spec: TierSpec) -> bool:
+    """Whether the spec is another tier under the name of an empty one: removed and added again
+    while this node did not look."""
+    same = tier.spec.model_copy(
+        update=spec.model_dump(include={"capacity_bytes", "rank", "high", "low"})
+    )
+    return same != spec and not tier.segments and not tier.writing
 
 
 async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -70,6 +70,9 @@ class Tier:
         self._failures = 0
         self._sick_until = 0.0
         self.error: str = ""
+        """For people, without the tier's name: why it is passed over, or smaller than it should be.
+
+        Empty where all is well."""
 
     def __repr__(self) -> str:
         return f"<tier {self.name} tag {self.tag}>"
@@ -141,7 +144,7 @@ class Tier:
         self._failures += 1
         backoff = min(_BACKOFF_FIRST_S * 2 ** min(self._failures - 1, 10), _BACKOFF_MOST_S)
         self._sick_until = self._clock() + backoff * self._rng.uniform(0.5, 1.0)
-        self.error = str(error)
+        self.error = str(error).removeprefix(f"tier {self.name}: ")
 
     @property
     def sick_for_s(self) -> float:

@@ -64,7 +64,7 @@ class Tier(_message.Message):
     def __init__(self, spec: _Optional[_Union[TierSpec, _Mapping]] = ..., state: _Optional[_Union[TierState, str]] = ...) -> None: ...
 
 class TierUsage(_message.Message):
-    __slots__ = ("tier", "pages", "logical_bytes", "live_bytes", "stored_bytes", "segments", "limit_bytes", "quarantined", "deleting", "available", "local", "state", "rank")
+    __slots__ = ("tier", "pages", "logical_bytes", "live_bytes", "stored_bytes", "segments", "limit_bytes", "quarantined", "deleting", "available", "local", "state", "rank", "error")
     TIER_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
     LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class TierUsage(_message.Message):
     LOCAL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     tier: str
     pages: int
     logical_bytes: int
@@ -91,4 +92,5 @@ class TierUsage(_message.Message):
     local: bool
     state: TierState
     rank: int
-    def __init__(self, tier: _Optional[str] = ..., pages: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., quarantined: _Optional[int] = ..., deleting: _Optional[int] = ..., available: _Optional[bool] = ..., local: _Optional[bool] = ..., state: _Optional[_Union[TierState, str]] = ..., rank: _Optional[int] = ...) -> None: ...
+    error: str
+    def __init__(self, tier: _Optional[str] = ..., pages: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., quarantined: _Optional[int] = ..., deleting: _Optional[int] = ..., available: _Optional[bool] = ..., local: _Optional[bool] = ..., state: _Optional[_Union[TierState, str]] = ..., rank: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
