@@ -170,6 +170,9 @@ def test_a_dry_run_changes_nothing(small: Small, pages: dict[int, bytes], whole:
     plan = small.json("drain", "red", "--dry-run")
     assert plan["state"] == "planned"
     assert plan["room_bytes"]["disk"] > 0
+    usage = small.tier("red")["usage"]
+    assert (plan["pages_left"], plan["bytes_left"]) == (usage["pages"], usage["live_bytes"])
+    assert plan["pages_left"] > 0
     assert "nothing was changed" in small.vswap("drain", "red", "--dry-run")
     assert small.tier("red")["tier"]["state"] == "active"
     assert small.json("status")["cluster"]["generation"] == generation

@@ -179,6 +179,19 @@ def test_a_dry_run_changes_nothing(world: World, node: Node) -> None:
     assert world.state.jobs == {}
 
 
+def test_a_dry_run_tells_what_would_move(world: World, node: Node) -> None:
+    other = world.node("n2")
+    other.fill("a", 10 * MIB)
+    plan = assess.plan(world.state, StartJob("d", DRAIN, "a"))
+    shown = views.job(world.state, plan, Now(0.0, 0.0))
+    assert (shown.bytes_left, shown.bytes_total) == (40 * MIB, 40 * MIB)
+    assert shown.pages_left == 40 * MIB // 4096
+    assert {n.node: (n.bytes_left, n.pages_left) for n in shown.nodes} == {
+        "n1": (30 * MIB, 30 * MIB // 4096),
+        "n2": (10 * MIB, 10 * MIB // 4096),
+    }
+
+
 def test_what_cannot_be_drained(world: World, node: Node) -> None:
     with pytest.raises(UnknownTier, match="it has: a, b"):
         world.start(DRAIN, "x")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from plans import MIB, Node, World, state_of
 
-from vswap.coordinator import views
+from vswap.coordinator import assess, views
 from vswap.coordinator.balance import Policy
 from vswap.coordinator.events import AddTier, CancelJob, Now, RemoveTier, SetTier, StartJob
 from vswap.coordinator.state import JobState, MoveKind, TierState
@@ -191,6 +193,25 @@ def test_compaction(world: World, node: Node) -> None:
     for target in (1.5, -0.1, float("nan")):
         with pytest.raises(InvalidRequest):
             world.start(COMPACT, "a", target_utilisation=target)
+
+
+def test_dry_runs_tell_what_would_move(world: World, node: Node) -> None:
+    def planned(kind: MoveKind, **more: Any) -> tuple[int, int]:
+        job = assess.plan(world.state, StartJob("p", kind, "a", **more))
+        shown = views.job(world.state, job, Now(0.0, 0.0))
+        assert shown.bytes_left == shown.bytes_total == sum(n.bytes_left for n in shown.nodes)
+        assert shown.pages_left == sum(n.pages_left for n in shown.nodes)
+        return shown.bytes_left, shown.pages_left
+
+    assert planned(MIGRATE, destination="b") == (30 * MIB, 30 * MIB // 4096)
+    assert planned(MIGRATE, destination="b", byte_budget=MIB) == (MIB, 256)
+    # Nothing is to be gained where all that is stored is live.
+    assert planned(COMPACT) == (0, 0)
+    node.fill("a", 10 * MIB, 30 * MIB)
+    assert planned(COMPACT, target_utilisation=1.0) == (10 * MIB, 2560)
+    # Half of it, evenly used, frees 10 MiB: 10 of 20 are live then.
+    assert planned(COMPACT, target_utilisation=0.5) == (5 * MIB, 1280)
+    assert planned(COMPACT, target_utilisation=0.3) == (0, 0)
 
 
 # ------------------------------------------------------------------ by itself

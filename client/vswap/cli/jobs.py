@@ -198,8 +198,9 @@ def _show(job: Job, as_json: bool) -> None:
     state = watch.state_of(job)
     if state == "planned":
         console.print(f"{watch.title(job)}: possible, nothing was changed", markup=False)
-        pages = f" ({units.count(job.pages_left)} pages)" if job.pages_left else ""
-        console.print(f"would move {units.size(job.bytes_total)}{pages}")
+        most = "at most " if job.spec.kind == coordinator_pb2.MOVE_KIND_COMPACT else ""
+        pages = units.count(job.pages_left)
+        console.print(f"would move {most}{units.size(job.bytes_total)} ({pages} pages)")
     else:
         took = f" in {units.duration(job.ended_at - job.created_at)}" if job.ended_at else ""
         console.print(f"job {job.id}: {watch.progress_line(job)}{took}", markup=False)
@@ -208,9 +209,13 @@ def _show(job: Job, as_json: bool) -> None:
             console.print(f"started {started} ago; follow it: vswap job watch {job.id}")
     if state == "planned":
         rooms = [(tier, units.size(room)) for tier, room in sorted(job.room_bytes.items())]
-        console.print(output.table(("ROOM IN", ">BYTES"), rows=rooms))
-        loads = [(node.node, units.size(node.bytes_left)) for node in job.nodes]
-        console.print(output.table(("NODE", ">WOULD MOVE"), loads))
+        if rooms:
+            console.print(output.table(("ROOM IN", ">BYTES"), rows=rooms))
+        loads = [
+            (node.node, units.size(node.bytes_left), units.count(node.pages_left))
+            for node in job.nodes
+        ]
+        console.print(output.table(("NODE", ">WOULD MOVE", ">PAGES"), loads))
     elif job.nodes:
         console.print(_nodes(job))
 

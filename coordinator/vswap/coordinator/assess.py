@@ -6,7 +6,7 @@ import math
 
 from vswap.coordinator import room
 from vswap.coordinator.events import StartJob
-from vswap.coordinator.state import Job, JobNode, JobState, MoveKind, State, TierState
+from vswap.coordinator.state import Job, JobNode, JobState, MoveKind, Shard, State, TierState
 from vswap.wire.errors import (
     AlreadyExists,
     InvalidRequest,
@@ -102,9 +102,7 @@ def _drain(state: State, job: Job) -> None:
     job.bytes_total, job.room_bytes = fit.need, fit.room
     for shard in state.members():
         if state.hold(shard.uuid, job.tier).granted or state.stored(shard.uuid, job.tier):
-            job.nodes[shard.uuid] = JobNode(
-                incarnation=shard.incarnation, bytes_left=state.live(shard.uuid, job.tier)
-            )
+            job.nodes[shard.uuid] = _part(state, job, shard, state.live(shard.uuid, job.tier))
 
 
 def _migrate(state: State, job: Job) -> None:
@@ -135,14 +133,9 @@ def _migrate(state: State, job: Job) -> None:
             tiers=[job.destination],
         )
     job.bytes_total, job.room_bytes = wanted, {job.destination: found}
-    job.nodes = {
-        uuid: JobNode(
-            incarnation=state.shards[uuid].incarnation,
-            bytes_left=part,
-            budget_bytes=part if job.byte_budget else 0,
-        )
-        for uuid, part in need.items()
-    }
+    for uuid, part in need.items():
+        node = job.nodes[uuid] = _part(state, job, state.shards[uuid], part)
+        node.budget_bytes = part if job.byte_budget else 0
 
 
 def _compact(state: State, job: Job) -> None:
@@ -151,12 +144,31 @@ def _compact(state: State, job: Job) -> None:
         usage = state.usage(shard.uuid, job.tier)
         stored = state.stored(shard.uuid, job.tier) if usage is None else int(usage.stored_bytes)
         if stored:
-            live = state.live(shard.uuid, job.tier)
-            job.nodes[shard.uuid] = JobNode(incarnation=shard.incarnation, bytes_left=live)
-            job.bytes_total += live
+            rewritten = _rewritten(state.live(shard.uuid, job.tier), stored, job.target_utilisation)
+            job.nodes[shard.uuid] = _part(state, job, shard, rewritten)
+            job.bytes_total += rewritten
 
 
 # ------------------------------------------------------------------ helpers
+
+
+def _part(state: State, job: Job, shard: Shard, size_bytes: int) -> JobNode:
+    """A node's part of the job, with the pages that so many live bytes are there on average."""
+    usage = state.usage(shard.uuid, job.tier)
+    pages = 0
+    if usage is not None and usage.live_bytes:
+        pages = round(usage.pages * size_bytes / usage.live_bytes)
+    return JobNode(incarnation=shard.incarnation, bytes_left=size_bytes, pages_left=pages)
+
+
+def _rewritten(live: int, stored: int, target: float) -> int:
+    """Live bytes that a node moves at most to bring its share of a tier to a target utilisation.
+
+    As if every segment were as well used as the average. Nodes take the worst first, which costs
+    less.
+    """
+    excess = stored - live / target
+    return math.ceil(excess * live / (stored - live)) if excess > 0 else 0
 
 
 def _source(state: State, name: str) -> None:

@@ -98,10 +98,9 @@ def node(state: State, uuid: str, now: Now) -> coordinator_pb2.NodeInfo:
 def job(state: State, record: Job, now: Now) -> coordinator_pb2.Job:
     total = progress.moved(record)
     flight = state.flights.get(record.id, Flight())
-    if record.state in (JobState.DONE, JobState.PLANNED):
-        pages_left, bytes_left = 0, 0 if record.state is JobState.DONE else record.bytes_total
-    else:
-        pages_left, bytes_left = progress.left(state, record)
+    pages_left, bytes_left = (
+        (0, 0) if record.state is JobState.DONE else progress.left(state, record)
+    )
     rate = 0.0 if record.state.ended else progress.rate(flight, now.mono_s)
     nodes = [
         coordinator_pb2.JobNode(
@@ -111,6 +110,7 @@ def job(state: State, record: Job, now: Now) -> coordinator_pb2.Job:
             pages_moved=part.moved.pages,
             bytes_moved=part.moved.bytes,
             bytes_left=part.bytes_left,
+            pages_left=part.pages_left,
         )
         for uuid, part in sorted(record.nodes.items(), key=lambda item: state.name(item[0]))
     ]

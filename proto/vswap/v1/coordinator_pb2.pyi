@@ -398,20 +398,22 @@ class Job(_message.Message):
     def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., pages_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., logical_bytes_moved: _Optional[int] = ..., bytes_total: _Optional[int] = ..., bytes_left: _Optional[int] = ..., pages_left: _Optional[int] = ..., rate_bytes_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., created_at: _Optional[float] = ..., ended_at: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[JobNode, _Mapping]]] = ..., automatic: _Optional[bool] = ..., room_bytes: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class JobNode(_message.Message):
-    __slots__ = ("node", "state", "reason", "pages_moved", "bytes_moved", "bytes_left")
+    __slots__ = ("node", "state", "reason", "pages_moved", "bytes_moved", "bytes_left", "pages_left")
     NODE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PAGES_MOVED_FIELD_NUMBER: _ClassVar[int]
     BYTES_MOVED_FIELD_NUMBER: _ClassVar[int]
     BYTES_LEFT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_LEFT_FIELD_NUMBER: _ClassVar[int]
     node: str
     state: str
     reason: str
     pages_moved: int
     bytes_moved: int
     bytes_left: int
-    def __init__(self, node: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., pages_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., bytes_left: _Optional[int] = ...) -> None: ...
+    pages_left: int
+    def __init__(self, node: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., pages_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., bytes_left: _Optional[int] = ..., pages_left: _Optional[int] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
     __slots__ = ("all",)
