@@ -112,6 +112,11 @@ class DictNode:
             name="dict", version="0", coordinator="alone", pages=len(self.pages), tiers=[usage]
         )
 
+    def leave(self, request: node_pb2.LeaveRequest) -> node_pb2.LeaveReply:
+        if self.pages:
+            raise errors.Refused("pages are left", pages=len(self.pages))
+        return node_pb2.LeaveReply()
+
     def space(self) -> node_pb2.Space:
         return node_pb2.Space(
             name="default", page_bytes=PAGE_BYTES, max_slots=MAX_SLOTS, pages=len(self.pages)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from client_support import run_vswap
 from numpy.typing import NDArray
 from processes import Daemon
 from shards import page
 
+from vswap.cli import exits
 from vswap.cli.embedded import EmbeddedRedis, free_port
 from vswap.client import Client
 from vswap.client.operator import Operator
@@ -325,3 +327,58 @@ def test_compaction_brings_a_tier_from_40_to_85_percent(cluster: Cluster, tier: 
     overhead = int(base["used_memory"]) if tier != "disk" else 0
     assert used() - overhead <= live() / 0.85 * 1.05
     cluster.check_all()
+
+
+def test_a_node_retires_for_good(cluster: Cluster) -> None:
+    cluster.spread()
+    client, node, other = cluster.clients["n1"], cluster.nodes["n1"], cluster.nodes["n2"]
+    shards = {info.name: info.shard_uuid for info in cluster.operator.cluster().nodes}
+
+    def left_behind() -> list[str]:
+        server: list[Any] = [redis.Redis.from_url(each.url) for each in cluster.redis.values()]
+        keys = [key.decode() for each in server for key in each.keys("vswap/*")]
+        files = [str(path) for path in (cluster.root / "disk").rglob("*") if path.is_file()]
+        return [name for name in [*keys, *files] if shards["n1"] in name]
+
+    def leave() -> Any:
+        return run_vswap("node", "leave", "n1", coordinator=cluster.coordinator_address)
+
+    client.create_space("t").store([7], page(7, 1)[None])
+    refused = leave()
+    assert refused.returncode == exits.REFUSED
+    assert f"{SLOTS + 1} pages (s {SLOTS} pages in " in refused.stderr
+    assert "t 1 pages in " in refused.stderr
+    cluster.check("n1", np.arange(SLOTS, dtype=np.uint64)[:500])
+    assert left_behind()
+
+    client.delete_space("s")
+    client.space("t").free([7])
+    cluster.coordinator.kill()
+    until(lambda: client.status().coordinator == "absent")
+    refused = leave_directly(node)
+    assert refused.returncode == exits.REFUSED
+    assert "while the coordinator is away" in refused.stderr
+    client.space("t").store([7], page(7, 2)[None])
+    client.space("t").free([7])
+    cluster.coordinator.start()
+    until(lambda: client.status().coordinator == "connected")
+
+    done = leave()
+    assert done.returncode == 0, done.stderr
+    assert "n1 has left" in done.stdout
+    assert node.wait() == 0
+    assert [info.name for info in cluster.operator.cluster().nodes] == ["n2"]
+    assert not left_behind()
+    assert not (node.state / "shard").exists()
+    # What others have stays, and the name and the state directory are free for a new node.
+    cluster.versions = {key: value for key, value in cluster.versions.items() if key[0] == "n2"}
+    cluster.check("n2", np.arange(SLOTS, dtype=np.uint64)[:500])
+    node.start()
+    until(lambda: len(cluster.operator.cluster().nodes) == 2)
+    assert shards["n1"] not in {info.shard_uuid for info in cluster.operator.cluster().nodes}
+    assert other.process is not None
+    assert other.process.poll() is None
+
+
+def leave_directly(node: Daemon) -> Any:
+    return run_vswap("node", "leave", "--node-address", node.address)

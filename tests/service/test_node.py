@@ -24,6 +24,7 @@ from vswap.wire.errors import (
     InvalidRequest,
     OutOfTiers,
     PageSizeMismatch,
+    Refused,
     SlotNotFound,
     SlotOutOfRange,
     SpaceFull,
@@ -360,3 +361,16 @@ def test_listens_on_a_unix_socket(tmp_path: Path) -> None:
         assert daemon.address == socket
         with Client(socket) as client:
             client.space("s").store(slots(1), pages(slots(1), 1))
+
+
+def test_a_node_alone_can_leave_too(tmp_path: Path) -> None:
+    with node(tmp_path) as daemon, Client(daemon.address, retry_s=0) as client:
+        space = client.space("s")
+        space.store(slots(*range(2000)), pages(slots(*range(2000)), 1))
+        with pytest.raises(Refused, match="2000 pages"):
+            client.leave()
+        space.free(slots(*range(2000)))
+        client.leave()
+        assert daemon.wait() == 0
+    assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+    assert {path.name for path in daemon.state.iterdir()} == {"lock"}

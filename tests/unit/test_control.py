@@ -512,3 +512,30 @@ async def test_a_defect_does_not_end_the_link(
             stream = await coordinator.stream()
             await stream.hears("report")
             assert failed
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the goodbye", "the farewell"])
+async def test_a_goodbye_is_said_until_it_is_confirmed(tmp_path: Path, lost: str) -> None:
+    coordinator = Coordinator()
+    async with (
+        open_shard(tmp_path / "s", ram()) as shard,
+        listening(coordinator) as address,
+    ):
+        control = Watched(shard, address)
+        running = asyncio.create_task(control.run())
+        stream = await coordinator.stream()
+        saying = asyncio.create_task(control.goodbye())
+        await stream.hears("goodbye")
+        if lost == "the goodbye":
+            stream.end()
+            stream = await coordinator.stream()
+            await stream.hears("goodbye")
+        assert not saying.done()
+        if lost == "the farewell":
+            coordinator.refuses = Refused("forgotten", forgotten=True)
+        else:
+            stream.say(farewell=pb.Farewell())
+        stream.end()
+        async with asyncio.timeout(10):
+            await asyncio.gather(saying, running)
+        assert control.states[-1] == "absent"

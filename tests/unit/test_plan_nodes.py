@@ -209,9 +209,14 @@ def test_a_goodbye_is_a_tombstone(world: World) -> None:
     node = world.node("n1")
     node.fill("a", MIB)
     node.say(goodbye=coordinator_pb2.Goodbye())
+    assert [message.WhichOneof("message") for message in node.inbox] == ["farewell"]
     assert node.stream == ""
     assert [a.shard for a in world.asked if isinstance(a, DeleteSegments)] == [node.uuid]
     assert list(world.state.members()) == []
+    # Its farewell may get lost: the refusal of its next hello says the same.
+    with pytest.raises(Refused) as refused:
+        node.connect()
+    assert refused.value.fields["forgotten"]
 
 
 def test_strangers_are_shown_and_never_deleted(world: World) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from vswap.cli import options, output, units
 from vswap.v1 import common_pb2
 
-app = typer.Typer(help="See nodes, and declare lost ones gone.", no_args_is_help=True)
+app = typer.Typer(help="See nodes, retire them, and declare lost ones gone.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -66,6 +66,23 @@ def show(
     if counters:
         console.print()
         console.print(output.table(("COUNTER", ">SINCE START"), counters))
+
+
+@app.command()
+def leave(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Node to retire.")] = None,
+    node_address: options.NodeAddress = None,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+) -> None:
+    """Retire a node for good: its daemon ends and the cluster forgets it.
+
+    Refused while it holds pages: free them or delete its spaces first. Its state is erased, so
+    started again it is a new node.
+    """
+    address = options.node_address(coordinator, name, node_address)
+    with options.node_client(coordinator, name, address) as client:
+        client.leave()
+    typer.echo(f"{name or address} has left")
 
 
 @app.command()

@@ -110,6 +110,10 @@ class AsyncClient:
         """The node's tiers, counters and pressure (``NodeStatus`` in node.proto)."""
         return await self._run(calls.status())
 
+    async def leave(self) -> None:
+        """Retire the node for good; its daemon ends. Refused while it holds pages."""
+        await self._run(calls.leave())
+
     # -------------------------------------------------------------- calls
 
     async def _run(self, call: Call[Out], space: str = "") -> Out:

@@ -262,5 +262,9 @@ def find_space(name: str, address: str) -> Call[node_pb2.Space]:
     return Call("NodeAdmin", "ListSpaces", node_pb2.ListSpacesRequest(), decode)
 
 
+def leave() -> Call[None]:
+    return Call("NodeAdmin", "Leave", node_pb2.LeaveRequest(), lambda reply: None)
+
+
 def status() -> Call[node_pb2.NodeStatus]:
     return Call("NodeAdmin", "GetNode", node_pb2.GetNodeRequest(), lambda reply: reply)

@@ -110,6 +110,10 @@ class Client:
         """The node's tiers, counters and pressure (``NodeStatus`` in node.proto)."""
         return self._run(calls.status())
 
+    def leave(self) -> None:
+        """Retire the node for good; its daemon ends. Refused while it holds pages."""
+        self._run(calls.leave())
+
     # -------------------------------------------------------------- calls
 
     def _run(self, call: Call[Out], space: str = "") -> Out:

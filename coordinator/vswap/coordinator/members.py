@@ -71,6 +71,9 @@ def said(turn: Turn, event: NodeSaid) -> None:
             wanted = message.grant_request
             grants.request(turn, event.shard, wanted.tier, wanted.total_bytes)
         case "goodbye":
+            # Queued before the stream ends, sent after the tombstone is on disk.
+            farewell = coordinator_pb2.CoordinatorMessage(farewell=coordinator_pb2.Farewell())
+            turn.send(event.shard, farewell)
             bury(turn, event.shard)
         case other:
             raise InvalidRequest(f"a node must not say {other or 'nothing'} here")
@@ -141,6 +144,7 @@ def _admit(turn: Turn, hello: coordinator_pb2.Hello) -> Shard:
             f"node {hello.node} was forgotten and its pages on shared tiers were deleted; "
             "start it with --fresh to join anew",
             node=hello.node,
+            forgotten=True,
         )
     for other in state.members():
         if other.name == hello.node and other.uuid != hello.shard_uuid:

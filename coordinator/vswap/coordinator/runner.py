@@ -134,6 +134,8 @@ class Runner:
     def receive(self, link: Link, message: coordinator_pb2.NodeMessage) -> None:
         if link.stream in self._links:
             self.apply(NodeSaid(link.shard, link.stream, message))
+            if message.HasField("goodbye"):
+                _log.info("node left for good", node=self.state.name(link.shard))
 
     def disconnect(self, link: Link) -> None:
         if self._links.pop(link.stream, None) is not None:

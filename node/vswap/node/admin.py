@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
 from pydantic import ValidationError
@@ -18,11 +19,12 @@ from vswap.wire.rpc import MAX_BATCH_BYTES
 
 
 class AdminService(node_pb2_grpc.NodeAdminServicer):
-    """``coordinator_state`` tells "alone", "connected" or "absent"."""
+    """``coordinator_state`` tells "alone", "connected" or "absent"; ``leave`` retires the node."""
 
-    def __init__(self, shard: Shard, name: str) -> None:
+    def __init__(self, shard: Shard, name: str, leave: Callable[[], Awaitable[None]]) -> None:
         self._shard = shard
         self._name = name
+        self._leave = leave
         self.coordinator_state = "alone"
         self.nbd: list[str] = []
         """Where spaces are served as block devices."""
@@ -83,6 +85,13 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             pid=os.getpid(),
             nbd=self.nbd,
         )
+
+    @served
+    async def Leave(  # noqa: N802
+        self, request: node_pb2.LeaveRequest, context: Context
+    ) -> node_pb2.LeaveReply:
+        await self._leave()
+        return node_pb2.LeaveReply()
 
     def _limits(self, message: node_pb2.SpaceLimits) -> Limits:
         names = [*message.tiers, *message.tier_max_bytes]

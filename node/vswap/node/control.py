@@ -70,6 +70,9 @@ class Control:
         """Why the coordinator does not want this node; None where it does, or is away."""
         self._lease_s = 10.0
         self._connected = False
+        self._leaving = False
+        self._gone = asyncio.Event()
+        """Set once the coordinator has the tombstone of this node on disk."""
         self._queue: deque[pb.NodeMessage] = deque()
         """To be sent as soon as possible; reports are made when they are sent."""
         self._report_due = False
@@ -80,8 +83,22 @@ class Control:
         """The newest one, until it has been taken up."""
         self._configuration_came = asyncio.Event()
 
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    async def goodbye(self) -> None:
+        """Tells the coordinator that this node has left for good, until it confirms that.
+
+        The node holds nothing any more and must take nothing from here on.
+        """
+        self._leaving = True
+        if self._connected:
+            self._say_goodbye()
+        await self._gone.wait()
+
     async def run(self) -> None:
-        """Connects, and connects again, for ever."""
+        """Connects, and connects again, until the node has left for good."""
         self.on_state("absent")
         configuring = asyncio.create_task(self._take_configurations())
         backoff_s = _BACKOFF_FIRST_S
@@ -92,6 +109,11 @@ class Control:
                 if self._connected:
                     backoff_s, told = _BACKOFF_FIRST_S, ""
                 self._left()
+                if self._leaving and _is_buried(error):
+                    # The goodbye arrived; what got lost is its confirmation.
+                    self._gone.set()
+                if self._gone.is_set():
+                    return
                 self.refused = error if _is_refusal(error) else None
                 self.attempted.set()
                 # An outage is told once, not at every attempt.
@@ -160,6 +182,8 @@ class Control:
         self._connected = True
         self._shard.connect_grants(self._want)
         self._shard.directives.changed = self._report
+        if self._leaving:
+            self._say_goodbye()
         self._report()
         self.refused = None
         self.attempted.set()
@@ -184,6 +208,8 @@ class Control:
                 self._report()
             case "stop_directive":
                 self._shard.directives.stop(message.stop_directive.job_id)
+            case "farewell":
+                self._gone.set()
 
     async def _take_configurations(self) -> None:
         """Takes up the newest configuration, one at a time, whether or not a stream is open.
@@ -241,6 +267,10 @@ class Control:
     def _want(self, tier: str, total_bytes: int) -> None:
         request = pb.GrantRequest(tier=tier, total_bytes=total_bytes)
         self._queue.append(pb.NodeMessage(grant_request=request))
+        self._wake.set()
+
+    def _say_goodbye(self) -> None:
+        self._queue.append(pb.NodeMessage(goodbye=pb.Goodbye()))
         self._wake.set()
 
     def _report(self) -> None:
@@ -302,3 +332,8 @@ def _channel(address: str) -> grpc.aio.Channel:
 def _is_refusal(error: VswapError) -> bool:
     """The coordinator answered, and more of the same will get the same answer."""
     return isinstance(error, Refused | InvalidRequest | StaleIncarnation)
+
+
+def _is_buried(error: VswapError) -> bool:
+    """The coordinator holds a tombstone of this shard."""
+    return isinstance(error, Refused) and bool(error.fields.get("forgotten"))

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from vswap.node.admin import AdminService
 from vswap.node.config import NodeConfig, load_config
 from vswap.node.control import Control
+from vswap.node.departure import Departure
 from vswap.node.frontends.grpc_pages import PagesService
 from vswap.node.frontends.nbd.server import NbdServer
 from vswap.node.harden import harden
@@ -47,7 +48,10 @@ logger = structlog.get_logger("vswap.node")
 
 
 def run(config: NodeConfig) -> int:
-    """Runs until SIGTERM or SIGINT; 0 after a clean leave. Raises VswapError if it cannot start."""
+    """Runs until SIGTERM, SIGINT or `vswap node leave`; 0 after a clean end.
+
+    Raises VswapError if it cannot start.
+    """
     for where in (config.listen, *(config.nbd or ())):
         check_listen(where, insecure=config.insecure)
     _configure_logging(config.log_level)
@@ -71,7 +75,8 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
         directory.path, config.tiers, fresh=config.fresh, seams=seams,
         exclusive_timeout_s=config.exclusive_timeout_s,
     )  # fmt: skip
-    server = Server(shard, config)
+    departure = Departure(shard, done=stop.set)
+    server = Server(shard, config, departure)
     control: asyncio.Task[None] | None = None
     try:
         for space in config.spaces:
@@ -81,7 +86,7 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
         address = await server.start()
         await server.start_nbd(_nbd_addresses(config, directory), insecure=config.insecure)
         if config.coordinator:
-            link = Control(
+            link = departure.control = Control(
                 shard, name=config.name, address=config.advertise or address,
                 coordinator=config.coordinator, rng=random.Random(),
             )  # fmt: skip
@@ -95,10 +100,13 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
         return 0
     finally:
         await server.stop()
+        await departure.close()
         if control is not None:
             control.cancel()
             await asyncio.gather(control, return_exceptions=True)
         await shard.close()
+        if departure.left:
+            shard.erase()
 
 
 def _nbd_addresses(config: NodeConfig, directory: StateDirectory) -> tuple[str, ...]:
@@ -127,9 +135,9 @@ async def _first_attempt(link: Control, stop: asyncio.Event, *, newcomer: bool) 
 class Server:
     """The node's gRPC services on its address."""
 
-    def __init__(self, shard: Shard, config: NodeConfig) -> None:
+    def __init__(self, shard: Shard, config: NodeConfig, departure: Departure) -> None:
         self._listen = config.listen
-        self._admin = AdminService(shard, config.name)
+        self._admin = AdminService(shard, config.name, departure.leave)
         self._nbd = NbdServer(shard, inflight_bytes=config.inflight_bytes)
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])

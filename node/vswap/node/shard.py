@@ -108,7 +108,7 @@ class Shard:
             if new:
                 self.handles.close()
         if new:
-            self._erase()
+            self.erase()
             self.handles = Handles(self._region, fresh=(uuid4(), boot_id()))
         self.spaces = Spaces(self._region, fresh=new)
         self.tiers = Tiers()
@@ -132,8 +132,11 @@ class Shard:
         for work in (self.reaper.run, self.promoter.run, self._housekeeping):
             self._spawn(work)
 
-    def _erase(self) -> None:
-        """Removes the state of another life; its segments on backends are swept as strangers."""
+    def erase(self) -> None:
+        """Removes the state of another life, or of this one once it is closed.
+
+        Its segments on backends stay.
+        """
         for path in self._directory.iterdir():
             if path.name.endswith((".table", ".heat", ".arena", ".json", ".new")) or (
                 path.name == FILE
@@ -186,14 +189,6 @@ class Shard:
         await asyncio.gather(*(tier.backend.close() for tier in self.tiers))
         self.spaces.close()
         self.handles.close()
-
-    async def leave(self) -> None:
-        """Leaves for good: frees every page, deletes every segment on every backend."""
-        for space in self.spaces:
-            await self.delete_space(space.name)
-        await self.reaper.pass_once()
-        for tier in self.tiers:
-            await self._sweeper.sweep(tier)
 
     # ---------------------------------------------------------------- identity
 
@@ -402,7 +397,7 @@ class Shard:
                 sweep_at = clock() + _SWEEP_S
                 for tier in self.tiers:
                     if tier.opened:
-                        await self._sweep(tier)
+                        await self._sweep_quietly(tier)
 
     def _regrow(self, tier: Tier) -> None:
         """Gives a RAM tier its capacity back that found shared memory full some time ago."""
@@ -412,14 +407,17 @@ class Shard:
             tier.limit_bytes, tier.error = tier.spec.capacity_bytes, ""
             tier.room_changed.set()
 
-    async def _sweep(self, tier: Tier) -> None:
+    async def sweep(self, tier: Tier) -> None:
+        """Deletes what the shard left on a tier without knowing. Raises what the backend says."""
+        swept = await self._sweeper.sweep(tier)
+        if swept:
+            logger.info("swept segments that nothing knew", tier=tier.name, segments=swept)
+
+    async def _sweep_quietly(self, tier: Tier) -> None:
         try:
-            swept = await self._sweeper.sweep(tier)
+            await self.sweep(tier)
         except VswapError as error:
             logger.warning("sweep failed", tier=tier.name, error=str(error))
-        else:
-            if swept:
-                logger.info("swept segments that nothing knew", tier=tier.name, segments=swept)
 
     def _watch_pressure(self) -> None:
         free, total = self.usable()

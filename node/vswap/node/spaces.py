@@ -22,6 +22,7 @@ from vswap.wire.errors import (
     AlreadyExists,
     InvalidRequest,
     OutOfTiers,
+    Refused,
     StateInvalid,
     UnknownSpace,
     VswapError,
@@ -108,6 +109,8 @@ class Spaces:
         self._by_name: dict[str, Space] = {}
         self.by_number: dict[int, Space] = {}
         self._next_number = 1
+        self._shut: list[Space] | None = None
+        """Those that :meth:`shut` has hidden; None while new spaces are taken."""
         if fresh:
             self._save()
         else:
@@ -137,10 +140,12 @@ class Spaces:
         """A new, empty space; an empty space costs nothing, whatever its maximum.
 
         ``exist_ok`` returns an existing one of the same page size and maximum. Raises
-        InvalidRequest or AlreadyExists.
+        InvalidRequest, AlreadyExists, or Refused (the node is leaving).
         """
         check_name(name)
         check_shape(page_bytes, max_slots)
+        if self._shut is not None:
+            raise Refused(f"space {name!r} cannot be made: this node is leaving")
         old = self._by_name.get(name)
         if old is not None:
             if exist_ok and (old.page_bytes, old.max_slots) == (page_bytes, max_slots):
@@ -198,6 +203,19 @@ class Spaces:
     def hide(self, space: Space) -> None:
         """No new requests find the space from here on."""
         space.deleted = True
+        if self._shut is not None and space in self._shut:
+            self._shut.remove(space)
+
+    def shut(self) -> None:
+        """Hides all spaces and takes no new ones; until :meth:`reopen`."""
+        self._shut = [space for space in self if not space.deleted]
+        for space in self._shut:
+            space.deleted = True
+
+    def reopen(self) -> None:
+        for space in self._shut or ():
+            space.deleted = False
+        self._shut = None
 
     def close(self) -> None:
         for space in self:

@@ -117,18 +117,20 @@ class Goodbye(_message.Message):
     def __init__(self) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "configuration", "grant", "directive", "stop_directive")
+    __slots__ = ("welcome", "configuration", "grant", "directive", "stop_directive", "farewell")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CONFIGURATION_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     DIRECTIVE_FIELD_NUMBER: _ClassVar[int]
     STOP_DIRECTIVE_FIELD_NUMBER: _ClassVar[int]
+    FAREWELL_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     configuration: Configuration
     grant: Grant
     directive: Directive
     stop_directive: StopDirective
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., configuration: _Optional[_Union[Configuration, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., directive: _Optional[_Union[Directive, _Mapping]] = ..., stop_directive: _Optional[_Union[StopDirective, _Mapping]] = ...) -> None: ...
+    farewell: Farewell
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., configuration: _Optional[_Union[Configuration, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., directive: _Optional[_Union[Directive, _Mapping]] = ..., stop_directive: _Optional[_Union[StopDirective, _Mapping]] = ..., farewell: _Optional[_Union[Farewell, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("cluster_uuid", "lease_s")
@@ -179,6 +181,10 @@ class StopDirective(_message.Message):
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
+
+class Farewell(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DirectiveProgress(_message.Message):
     __slots__ = ("job_id", "state", "reason", "pages_moved", "bytes_moved", "logical_bytes_moved", "segments_freed", "pages_left", "bytes_left")

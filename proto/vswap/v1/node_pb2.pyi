@@ -257,3 +257,11 @@ class NodeStatus(_message.Message):
     pid: int
     nbd: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, name: _Optional[str] = ..., shard_uuid: _Optional[str] = ..., cluster_uuid: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., coordinator: _Optional[str] = ..., generation: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.TierUsage, _Mapping]]] = ..., pages: _Optional[int] = ..., fill_pages: _Optional[int] = ..., usable_free_bytes: _Optional[int] = ..., usable_total_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., batch_max_pages_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., nbd: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

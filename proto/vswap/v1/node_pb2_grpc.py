@@ -315,6 +315,11 @@ class NodeAdminStub:
                 request_serializer=vswap_dot_v1_dot_node__pb2.GetNodeRequest.SerializeToString,
                 response_deserializer=vswap_dot_v1_dot_node__pb2.NodeStatus.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/vswap.v1.NodeAdmin/Leave',
+                request_serializer=vswap_dot_v1_dot_node__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=vswap_dot_v1_dot_node__pb2.LeaveReply.FromString,
+                _registered_method=True)
 
 
 class NodeAdminServicer:
@@ -351,6 +356,14 @@ class NodeAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """Retires the node: refused while it holds pages. Its segments are deleted, the coordinator
+        forgets it, its state is erased and its daemon ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -378,6 +391,11 @@ def add_NodeAdminServicer_to_server(servicer, server):
                     servicer.GetNode,
                     request_deserializer=vswap_dot_v1_dot_node__pb2.GetNodeRequest.FromString,
                     response_serializer=vswap_dot_v1_dot_node__pb2.NodeStatus.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=vswap_dot_v1_dot_node__pb2.LeaveRequest.FromString,
+                    response_serializer=vswap_dot_v1_dot_node__pb2.LeaveReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -516,6 +534,33 @@ class NodeAdmin:
             '/vswap.v1.NodeAdmin/GetNode',
             vswap_dot_v1_dot_node__pb2.GetNodeRequest.SerializeToString,
             vswap_dot_v1_dot_node__pb2.NodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vswap.v1.NodeAdmin/Leave',
+            vswap_dot_v1_dot_node__pb2.LeaveRequest.SerializeToString,
+            vswap_dot_v1_dot_node__pb2.LeaveReply.FromString,
             options,
             channel_credentials,
             insecure,
