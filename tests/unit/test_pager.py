@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import objects, open_shard, page, pages, ram, slots
+from shards import MIB, objects, open_shard, page, pages, ram, slots
 
 from vswap.node.spaces import Limits
 from vswap.wire.errors import (
@@ -18,6 +18,7 @@ from vswap.wire.errors import (
     SlotOutOfRange,
     SpaceFull,
     StaleIncarnation,
+    TierUnavailable,
     UnknownSpace,
 )
 
@@ -142,6 +143,60 @@ async def test_a_batch_larger_than_any_tier_is_split_over_tiers(tmp_path: Path) 
         where = np.arange(700, dtype=np.uint64)
         await shard.pager.store(space, where, pages(where, 1))
         assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+
+
+async def test_a_batch_that_no_limit_admits_as_a_whole_is_split(tmp_path: Path) -> None:
+    tiers = [ram(mib=4), objects(tmp_path / "o", codec="none")]
+    async with open_shard(tmp_path / "s", *tiers) as shard:
+        most = {"ram": MIB, "objects": MIB}
+        space = shard.spaces.create("s", limits=Limits(tier_max_bytes=most))
+        where = np.arange(400, dtype=np.uint64)
+        await shard.pager.store(space, where, pages(where, 1))
+        assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+        # What they replace makes room for them.
+        await shard.pager.store(space, where, pages(where, 2))
+        assert not space.events
+        for tier in shard.tiers:
+            assert MIB // 2 < space.bytes_by_tag[tier.tag] <= MIB
+        more = np.arange(1000, 1200, dtype=np.uint64)
+        with pytest.raises(SpaceFull) as full:
+            await shard.pager.store(space, more, pages(more, 1))
+        assert full.value.fields["need"] > 200 * 4096
+        assert (space.pages, space.events) == (400, {"quota": 1})
+
+
+async def test_a_full_tier_and_a_limit_share_a_batch(tmp_path: Path) -> None:
+    tiers = [ram(mib=1), objects(tmp_path / "o", codec="none")]
+    async with open_shard(tmp_path / "s", *tiers) as shard:
+        limits = Limits(tier_max_bytes={"objects": MIB})
+        space = shard.spaces.create("s", limits=limits)
+        where = np.arange(300, dtype=np.uint64)
+        await shard.pager.store(space, where, pages(where, 1))
+        assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+
+
+async def test_stores_at_once_see_each_other_in_a_tiers_limit(tmp_path: Path) -> None:
+    tiers = [objects(tmp_path / "o", codec="none"), objects(tmp_path / "p", "next", rank=60)]
+    async with open_shard(tmp_path / "s", ram("unused"), *tiers) as shard:
+        limits = Limits(tiers=("objects", "next"), tier_max_bytes={"objects": MIB})
+        space = shard.spaces.create("s", limits=limits)
+        batches = [np.arange(n, n + 150, dtype=np.uint64) for n in (0, 1000)]
+        await asyncio.gather(*(shard.pager.store(space, b, pages(b, 1)) for b in batches))
+        assert space.bytes_by_tag[shard.tiers.get("objects").tag] <= MIB
+        for batch in batches:
+            assert (await shard.pager.load(space, batch) == pages(batch, 1)).all()
+        # Nothing is held against those that come later.
+        await shard.pager.free(space, np.concatenate(batches))
+        await shard.pager.store(space, batches[0], pages(batches[0], 1))
+        assert set(shard.pager.locate(space, batches[0])) == {shard.tiers.get("objects").tag}
+
+
+async def test_a_limit_is_not_the_answer_while_a_tier_is_away(tmp_path: Path) -> None:
+    async with open_shard(tmp_path / "s", ram(), objects(tmp_path / "o")) as shard:
+        space = shard.spaces.create("s", limits=Limits(tier_max_bytes={"ram": 4096}))
+        shard.tiers.get("objects").failed(OSError("no route"))
+        with pytest.raises(TierUnavailable, match="no route"):
+            await shard.pager.store(space, slots(1), pages(slots(1), 1))
 
 
 async def test_exclusive_load_frees_only_on_confirmation(tmp_path: Path) -> None:

@@ -66,6 +66,18 @@ class _Overtaken(Exception):
     """A slot was stored or freed since it was read."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a batch that lies in a tier, not yet in the table."""
+
+    tier: Tier
+    placed: Placed
+    of: slice
+    """Which of the batch's pages that are no fill pages."""
+    cost: int
+    """Bytes of its records, as limits count them."""
+
+
 class Pager:
     """The data plane of a shard. All methods run on the event loop, concurrently.
 
@@ -99,6 +111,8 @@ class Pager:
         self._want_grant = want_grant
         self._exclusive_timeout_s = exclusive_timeout_s
         self._tickets = Tickets()
+        self._staged: Counter[tuple[int, int]] = Counter()
+        """By space number and tag; see :meth:`_stage`."""
         self._tokens: OrderedDict[int, _Exclusive] = OrderedDict()
         self._confirmed: OrderedDict[int, int] = OrderedDict()
         self.counters: Counter[str] = Counter()
@@ -223,47 +237,59 @@ class Pager:
                 )  # fmt: skip
             return found
 
-        done: list[tuple[Tier, Placed, slice]] = []
+        done: list[_Part] = []
         whole = slice(0, len(real_slots))
         try:
             await self._place(space, slots, whole, records_for, done)
             located = np.empty(len(real_slots), np.uint64)
-            for _, placed, part in done:
-                located[part] = placed.words
+            for part in done:
+                located[part.of] = part.placed.words
             words[real] = located
             self._commit(space, slots, listed, words, ticket, seen)
+        except SpaceFull:
+            space.events["quota"] += 1
+            raise
+        except OutOfTiers:
+            space.events["out_of_tiers"] += 1
+            raise
         finally:
-            for tier, placed, _ in done:
-                self._tiers.settle(tier, placed)
+            for part in done:
+                self._stage(space, part.tier, -part.cost)
+                self._tiers.settle(part.tier, part.placed)
 
     async def _place(
         self, space: Space, slots: U64, part: slice,
-        records_for: Callable[[Tier], Awaitable[Records]], done: list[tuple[Tier, Placed, slice]],
+        records_for: Callable[[Tier], Awaitable[Records]], done: list[_Part],
         *, patient: bool = True,
     ) -> None:  # fmt: skip
-        """Places a part of the batch in one tier, or, where none has room for all of it, in halves.
+        """Places a part of the batch in one tier, or, where none takes all of it, in halves.
 
-        What was placed is added to ``done``, also when the rest then finds no room. Only the whole
-        batch waits for reclaim and grants; its parts take what there is.
+        What was placed is added to ``done``, also when the rest then finds no room; the error is
+        that of the largest part. Once a part has waited for reclaim and grants, its halves take
+        what there is.
         """
         try:
-            tier, placed = await self._place_in_one(space, slots, part, records_for, patient)
-            done.append((tier, placed, part))
-        except OutOfTiers:
-            if part.stop - part.start < 2:
+            done.append(await self._place_in_one(space, slots, part, records_for, patient))
+        except (OutOfTiers, SpaceFull, TierUnavailable) as error:
+            # Less would not help where the space is full; where its share of a tier is, it may.
+            if _is_quota(error) or part.stop - part.start < 2:
                 raise
+            patient = patient and isinstance(error, SpaceFull)
             middle = (part.start + part.stop) // 2
-            for half in (slice(part.start, middle), slice(middle, part.stop)):
-                await self._place(space, slots, half, records_for, done, patient=False)
+            try:
+                for half in (slice(part.start, middle), slice(middle, part.stop)):
+                    await self._place(space, slots, half, records_for, done, patient=patient)
+            except (OutOfTiers, SpaceFull, TierUnavailable):
+                raise error from None
 
     async def _place_in_one(
         self, space: Space, slots: U64, part: slice,
         records_for: Callable[[Tier], Awaitable[Records]], patient: bool,
-    ) -> tuple[Tier, Placed]:  # fmt: skip
+    ) -> _Part:  # fmt: skip
         """Finds room: RAM at once, else RAM after reclaim, else straight to a slower tier."""
         allowed = [tier for tier in self._tiers if space.limits.allows(tier.name)]
         memory = [tier for tier in allowed if tier.ram is not None]
-        refused: VswapError | None = None
+        refused: dict[Tier, VswapError] = {}
         need = (part.stop - part.start) * space.page_bytes
         deadline = self._clock() + _RECLAIM_DEADLINE_S
         for _ in range(_RECLAIM_TRIES):
@@ -275,12 +301,15 @@ class Pager:
                 need = int(records.cost.sum())
                 try:
                     self._check_limits(space, slots, need, tier)
-                    return tier, self._tiers.ram_log(tier).place(records, STORES)
+                    placed = self._tiers.ram_log(tier).place(records, STORES)
                 except SpaceFull as error:
-                    refused = error
+                    refused[tier] = error
                 except OutOfTiers as error:
-                    refused = error
+                    refused[tier] = error
                     full.append((tier, need))
+                else:
+                    self._stage(space, tier, need)
+                    return _Part(tier, placed, part, need)
             if not patient or not full or self._clock() > deadline:
                 break
             if not await self._make_room(full):
@@ -293,32 +322,50 @@ class Pager:
             while True:
                 try:
                     self._check_limits(space, slots, need, tier)
-                    log = self._tiers.segment_log(tier)
-                    return tier, await log.place([records], compacting=False)
+                    placed = await self._write(space, tier, records, need)
+                    return _Part(tier, placed, part, need)
                 except SpaceFull as error:
-                    refused = error
+                    refused[tier] = error
                     break
                 except OutOfTiers as error:
-                    refused = error
+                    refused[tier] = error
                     if not patient or not await self._want_grant(tier, need):
                         break
                 except (TierUnavailable, OutcomeUnknown):
                     break
-        raise self._refusal(space, allowed, refused, need)
+        raise self._refusal(space, allowed, list(refused.values()), need)
+
+    async def _write(self, space: Space, tier: Tier, records: Records, need: int) -> Placed:
+        """Staged from before the write: whoever checks a limit meanwhile must see it."""
+        self._stage(space, tier, need)
+        try:
+            return await self._tiers.segment_log(tier).place([records], compacting=False)
+        except BaseException:
+            self._stage(space, tier, -need)
+            raise
+
+    def _stage(self, space: Space, tier: Tier, size_bytes: int) -> None:
+        """Counts bytes that are placed in a tier and not yet flipped."""
+        key = space.number, tier.tag
+        self._staged[key] += size_bytes
+        if not self._staged[key]:
+            del self._staged[key]
 
     def _refusal(
-        self, space: Space, allowed: list[Tier], refused: VswapError | None, need: int
+        self, space: Space, allowed: list[Tier], refused: list[VswapError], need: int
     ) -> VswapError:
-        if isinstance(refused, SpaceFull):
-            space.events["quota"] += 1
-            return refused
+        """What to tell the client: the quota, what may come back, a limit, or no room."""
+        limits = [error for error in refused if isinstance(error, SpaceFull)]
+        if limits and all(map(_is_quota, refused)):
+            return limits[-1]
         sick = [t for t in allowed if not t.writable and t.state is TierState.ACTIVE]
         if sick:
             return TierUnavailable(
                 f"no room for {need} bytes, and some tiers cannot be written now ({_named(sick)})",
                 tier=sick[0].name, need=need,
             )  # fmt: skip
-        space.events["out_of_tiers"] += 1
+        if limits and len(limits) == len(refused):
+            return next(error for error in limits if not _is_quota(error))
         return OutOfTiers(
             f"space {space.name!r}: no allowed tier has room for {need} bytes of pages "
             f"({_named(allowed) or 'no tier is allowed'})",
@@ -328,10 +375,10 @@ class Pager:
     def _check_limits(self, space: Space, slots: U64, added: int, tier: Tier) -> None:
         """Raises SpaceFull if replacing these slots by ``added`` bytes in ``tier`` breaks a limit.
 
-        What the slots charge now counts as freed.
+        What the slots charge now counts as freed, and what is staged as stored.
         """
         self._check_quota(space, slots, added)
-        self._check_tier(space, slots, added, tier)
+        self._check_tier(space, slots, added, tier, self._staged.get((space.number, tier.tag), 0))
 
     def _check_quota(self, space: Space, slots: U64, added: int) -> None:
         quota = space.limits.quota_bytes
@@ -345,12 +392,15 @@ class Pager:
                 space=space.name, need=added, room=max(room, 0),
             )  # fmt: skip
 
-    def _check_tier(self, space: Space, slots: U64, added: int, tier: Tier) -> None:
+    def _check_tier(
+        self, space: Space, slots: U64, added: int, tier: Tier, staged: int = 0
+    ) -> None:
         most = space.limits.tier_max_bytes.get(tier.name)
         if most is None:
             return
         tags, cost = _charges(space, slots)
-        room = most - int(space.bytes_by_tag[tier.tag]) + int(cost[tags == tier.tag].sum())
+        stored = int(space.bytes_by_tag[tier.tag]) + staged
+        room = most - stored + int(cost[tags == tier.tag].sum())
         if added > room:
             raise SpaceFull(
                 f"space {space.name!r} may hold {most} bytes in tier {tier.name}, "
@@ -651,6 +701,11 @@ def _charges(space: Space, slots: U64) -> tuple[U8, I64]:
     tags = entry.tags(old)
     in_tier = (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)
     return tags, np.where(in_tier, entry.sizes(old) + ROW_BYTES, 0)
+
+
+def _is_quota(error: VswapError) -> bool:
+    """The space as a whole is full, not its share of one tier."""
+    return isinstance(error, SpaceFull) and "tier" not in error.fields
 
 
 def _named(tiers: list[Tier]) -> str:
