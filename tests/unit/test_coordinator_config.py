@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ def test_defaults() -> None:
     assert (config.listen, config.lease_s, config.insecure) == ("127.0.0.1:7070", 10.0, False)
     assert config.policy.balance
     assert config.policy.compact
+
+
+def test_the_sample_shows_the_defaults(tmp_path: Path) -> None:
+    sample = (Path(__file__).parents[2] / "deploy/coordinator.toml").read_text()
+    shown = tmp_path / "c.toml"
+    shown.write_text(re.sub(r"(?m)^#(?=\S)", "", sample))
+    config, defaults = load_config(shown, {}, {}), load_config(None, {}, {})
+    for section in ("balance", "compaction"):
+        assert getattr(config, section) == getattr(defaults, section)
+        fields = getattr(config, section)
+        assert fields.model_fields_set == set(type(fields).model_fields)
 
 
 def test_flags_win_over_variables_over_the_file(tmp_path: Path) -> None:
