@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ci lint types proto bench up load down clean
+.PHONY: help demo test ci swap-test guest-test nbd-conformance lint types proto bench bench-nbd up load down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,18 @@ test: lint types ## lint, types and every test that needs nothing but pip (ARGS=
 
 ci: test ## `make test` plus what needs root or Debian packages
 	deploy/ci.sh
+
+swap-test: $(STAMP) ## a real kernel swaps on vswap (root, Debian)
+	deploy/live.sh tests/live/test_swap.py
+
+guest-test: $(STAMP) ## a guest kernel under QEMU swaps on vswap (root, Debian)
+	deploy/live.sh tests/live/test_guest.py
+
+nbd-conformance: $(STAMP) ## fio, nbdcopy, qemu-io and a file system on a space (root, Debian)
+	deploy/live.sh tests/live/test_nbd_conformance.py
+
+bench-nbd: $(STAMP) ## block devices against nbdkit and qemu-nbd, interleaved (needs fio)
+	$(BIN)/python -m benchmarks.nbd $(ARGS)
 
 lint: $(STAMP) ## ruff: lint and format
 	$(BIN)/ruff check .

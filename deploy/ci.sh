@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # The part of `make ci` that needs root, Debian packages or a Docker engine: tests marked `live`.
 #
+# First those without Docker (deploy/live.sh), then the compose cluster.
+#
 # On a machine with a running Docker it uses that one. Elsewhere it installs an engine from Debian
 # and runs it apart from the host (deploy/engine.sh). What it cannot do fails, loudly; whoever wants
 # to go without says so with VSWAP_CI_LIVE=no.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=deploy/packages.sh
+source deploy/packages.sh
 
-COMMAND=(.venv/bin/pytest -m live "$@")
+COMMAND=(.venv/bin/pytest -m live tests/live/test_compose.py "$@")
 
 fail() {
     printf '\n*** live tests: %s\n*** Nothing of them ran. VSWAP_CI_LIVE=no leaves them out.\n' "$*" >&2
@@ -17,26 +21,15 @@ fail() {
 have_compose() { docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null; }
 have_docker() { docker info >/dev/null 2>&1 && have_compose; }
 
-# apt-get, but only for what is missing, and with another try: mirrors are sometimes busy.
-install() {
-    local package missing=()
-    for package; do
-        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q ' installed$' ||
-            missing+=("$package")
-    done
-    ((${#missing[@]})) || return 0
-    echo "installing ${missing[*]}" >&2
-    export DEBIAN_FRONTEND=noninteractive
-    # A third party's broken repository is no reason to stop: what counts is the install.
-    apt-get -qq update || echo "apt-get update had errors; going on" >&2
-    apt-get -qq install --yes --no-install-recommends "${missing[@]}" >/dev/null ||
-        { sleep 5; apt-get -qq install --yes --no-install-recommends "${missing[@]}" >/dev/null; }
-}
-
 if [[ ${VSWAP_CI_LIVE:-yes} == no ]]; then
     printf '\n*** live tests left out: VSWAP_CI_LIVE=no\n' >&2
     exit 0
 fi
+without_docker=()
+for file in tests/live/test_*.py; do
+    [[ $file == */test_compose.py ]] || without_docker+=("$file")
+done
+deploy/live.sh "${without_docker[@]}"
 if have_docker; then
     exec "${COMMAND[@]}"
 fi
