@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -13,68 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Daemon
-
-from vswap.client import Client
+from nbd_node import MIB, NbdNode, run
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]
 
-MIB = 2**20
 SIZE = 256 * MIB
-
-
-def run(*command: str | Path, timeout_s: float = 120) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False,
-        timeout=timeout_s,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-    return done.stdout
-
-
-class Node:
-    """A node with three tiers, so small that pages spill from each to the next."""
-
-    def __init__(self, root: Path) -> None:
-        self.socket = Path(f"/dev/shm/vswap-nbd-{os.getpid()}.sock")
-        config = root / "node.toml"
-        config.write_text(
-            f"""
-name = "conformance"
-nbd = ["unix:{self.socket}", "127.0.0.1:0"]
-[[tiers]]
-name = "ram"
-url = "ram://"
-codec = "none"
-capacity_bytes = {8 * MIB}
-[[tiers]]
-name = "zram"
-url = "ram://"
-codec = "zstd:1"
-capacity_bytes = {8 * MIB}
-rank = 10
-[[tiers]]
-name = "disk"
-url = "file://{root}/disk"
-codec = "zstd:1"
-capacity_bytes = {600 * MIB}
-rank = 50
-[[spaces]]
-name = "disk"
-max_slots = {SIZE // 4096}
-"""
-        )
-        self.daemon = Daemon("node", root / "state", "--config", str(config)).start()
-        self.client = Client(self.daemon.address)
-        self.unix = f"nbd+unix:///disk?socket={self.socket}"
-        self.tcp = f"nbd://{self.client.status().nbd[1]}/disk"
-
-    def tiers(self) -> dict[str, int]:
-        return {usage.tier: usage.pages for usage in self.client.status().tiers}
-
-    @property
-    def pages(self) -> int:
-        return int(self.client.status().pages)
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +29,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    made = Node(tmp_path)
-    try:
-        yield made
-        assert made.client.status().counters.get("corrupt_pages", 0) == 0
-        made.client.close()
-        assert made.daemon.stop() == 0, made.daemon.output
-    finally:
-        if made.daemon.process is not None and made.daemon.process.poll() is None:
-            made.daemon.kill()
-        made.socket.unlink(missing_ok=True)
+def node(tmp_path: Path) -> Iterator[NbdNode]:
+    made = NbdNode(tmp_path, SIZE)
+    yield made
+    made.close()
 
 
 JOBS = {
@@ -112,7 +47,7 @@ JOBS = {
 
 
 @pytest.mark.parametrize("where", ["unix", "tcp"])
-def test_fio_finds_what_it_wrote(node: Node, where: str) -> None:
+def test_fio_finds_what_it_wrote(node: NbdNode, where: str) -> None:
     """Compressible and not, and every byte of it checked with its checksum."""
     for name, job in JOBS.items():
         # Half of the buffer is random: some of it compresses, none of it away.
@@ -128,7 +63,7 @@ def test_fio_finds_what_it_wrote(node: Node, where: str) -> None:
     assert all(pages > 0 for pages in node.tiers().values()), node.tiers()
 
 
-def test_nbdcopy_brings_back_an_image(node: Node, tree: Path, tmp_path: Path) -> None:
+def test_nbdcopy_brings_back_an_image(node: NbdNode, tree: Path, tmp_path: Path) -> None:
     image, back = tmp_path / "image", tmp_path / "back"
     with open(image, "wb") as file:
         file.truncate(SIZE)
@@ -141,7 +76,7 @@ def test_nbdcopy_brings_back_an_image(node: Node, tree: Path, tmp_path: Path) ->
     assert 0 < node.pages < SIZE // 4096
 
 
-def test_qemu_io(node: Node) -> None:
+def test_qemu_io(node: NbdNode) -> None:
     def qemu_io(*commands: str) -> str:
         out = run("qemu-io", "-f", "raw", *(f"-c{command}" for command in commands), node.unix)
         assert "Pattern verification failed" not in out, out
@@ -159,7 +94,7 @@ def test_qemu_io(node: Node) -> None:
     qemu_io("write -f -P 0x66 100M 64k", "flush", "read -P 0x66 100M 64k")
 
 
-def test_nbdinfo_tells_exports_and_extents(node: Node) -> None:
+def test_nbdinfo_tells_exports_and_extents(node: NbdNode) -> None:
     told = json.loads(run("nbdinfo", "--json", node.unix))["exports"][0]
     assert told["export-size"] == SIZE
     assert {"base:allocation", "vswap:tier"} <= set(told["contexts"])
@@ -183,7 +118,7 @@ def test_nbdinfo_tells_exports_and_extents(node: Node) -> None:
 
 
 @pytest.fixture
-def disk(node: Node, tmp_path: Path) -> Iterator[str]:
+def disk(node: NbdNode, tmp_path: Path) -> Iterator[str]:
     """The space as a block device of this machine."""
     where = tmp_path / "fuse"
     where.mkdir()
@@ -204,7 +139,7 @@ def disk(node: Node, tmp_path: Path) -> Iterator[str]:
         process.wait(10)
 
 
-def test_a_file_system_lives_on_it(node: Node, disk: str, tree: Path, tmp_path: Path) -> None:
+def test_a_file_system_lives_on_it(node: NbdNode, disk: str, tree: Path, tmp_path: Path) -> None:
     """Copied to, trimmed, unmounted, mounted again, compared and checked."""
     mount = tmp_path / "mount"
     mount.mkdir()

@@ -1,0 +1,19 @@
+#!/bin/busybox sh
+# The first process of the guest: swaps on the virtio disk, runs the hog, tells how it went.
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk; do
+    /bin/busybox insmod /modules/$module.ko
+done
+/bin/busybox mkswap /dev/vda
+/bin/busybox swapon -d /dev/vda || echo "GUEST swapon failed"
+: >/stop
+/hog 160 /stop
+echo "GUEST hog exit $?"
+/bin/busybox grep -E '^pswp(in|out) ' /proc/vmstat | while read -r name value; do
+    echo "GUEST $name $value"
+done
+/bin/busybox swapoff /dev/vda && echo "GUEST swapoff done"
+/bin/busybox poweroff -f
