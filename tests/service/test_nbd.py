@@ -406,3 +406,38 @@ async def test_a_client_that_takes_no_replies_is_not_read_from(tmp_path: Path) -
 def _resident_mib() -> float:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
+
+
+async def test_sequential_reads_of_slow_pages_are_read_ahead(tmp_path: Path) -> None:
+    tiers = (ram(mib=4), objects(tmp_path / "objects"))
+    async with serve(tmp_path, *tiers) as (shard, _, address):
+        shard.spaces.change("swap", Limits(tiers=("objects",)))
+        model = bytearray(random.Random(1).randbytes(SIZE // 4))
+        await client(address, lambda disk: disk.write(0, bytes(model)))
+
+        def sequential(disk: Nbd) -> None:
+            for offset in range(0, len(model), 8192):
+                if offset % 65536 == 0 and offset:
+                    # Overwritten just before it is read: what was read ahead must not be used.
+                    where = offset + 16384
+                    model[where : where + 4096] = random.Random(offset).randbytes(4096)
+                    disk.write(where, bytes(model[where : where + 4096]))
+                assert disk.read(offset, 8192) == model[offset : offset + 8192], offset
+
+        await client(address, sequential)
+        counters = shard.counters()
+        assert counters["readahead_used"] > 500, counters
+        assert 0 < counters["readahead_wasted"] <= counters["readahead_pages"]
+        before = counters["readahead_pages"]
+
+        def scattered(disk: Nbd) -> None:
+            rng = random.Random(2)
+            for _ in range(100):
+                offset = rng.randrange(0, len(model) // 8192) * 8192
+                if rng.random() < 0.02:
+                    offset = 0
+                assert disk.read(offset, 4096) == model[offset : offset + 4096]
+
+        await client(address, scattered)
+        read = shard.counters()["readahead_pages"] - before
+        assert read < 600, "random reads are no stream"

@@ -15,6 +15,7 @@ import numpy as np
 from vswap.node import entry
 from vswap.node.pager import Pager
 from vswap.node.promote import Promoter
+from vswap.node.readahead import ReadAhead
 from vswap.node.spaces import Space
 from vswap.tiers.backend import Buffer
 from vswap.tiers.record import U8, U32, U64
@@ -48,9 +49,10 @@ class Device:
     pager's.
     """
 
-    def __init__(self, pager: Pager, promoter: Promoter, space: Space) -> None:
+    def __init__(self, pager: Pager, promoter: Promoter, ahead: ReadAhead, space: Space) -> None:
         self._pager = pager
         self._promoter = promoter
+        self._ahead = ahead
         self.space = space
         self._shift = space.page_shift
         self._mask = space.page_bytes - 1
@@ -74,6 +76,13 @@ class Device:
     def peek(self, slots: U64) -> list[Buffer | None]:
         """See :meth:`Pager.peek`."""
         return self._pager.peek(self.space, slots)
+
+    def fill_in(self, slots: U64, pages: list[Buffer | None]) -> bool:
+        """Tries what was read ahead for a read that :meth:`peek` could not answer whole, and reads
+        on where it is part of a stream. True = all pages are there now."""
+        found = self._ahead.fill_in(slots, pages)
+        self._ahead.watch(int(slots[0]), len(slots))
+        return found
 
     async def read_slots(self, slots: U64) -> U8:
         """Pages (n, page_bytes); slots may repeat."""

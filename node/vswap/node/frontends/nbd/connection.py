@@ -381,12 +381,14 @@ class Connection(asyncio.BufferedProtocol):
         for read in batch:
             cookie, offset, length = read
             end = position + (length >> shift)
-            found = [page for page in pages[position:end] if page is not None]
-            if len(found) == end - position:
-                parts.append(data(cookie, offset, length))
-                parts += found
-            else:
+            found = pages[position:end]
+            if any(page is None for page in found) and not self._device.fill_in(
+                slots[position:end], found
+            ):
                 late.append(read)
+            else:
+                parts.append(data(cookie, offset, length))
+                parts += cast(list[Buffer], found)
             position = end
         if parts:
             self._send(*parts)

@@ -19,6 +19,7 @@ from vswap.node.device import Device
 from vswap.node.frontends.nbd.budget import Budget
 from vswap.node.frontends.nbd.connection import Connection
 from vswap.node.frontends.nbd.handshake import Offer
+from vswap.node.readahead import ReadAhead
 from vswap.node.shard import Shard
 from vswap.wire.errors import BadConfig
 from vswap.wire.listen import check_free, check_listen
@@ -112,7 +113,9 @@ class NbdServer:
             del self._devices[number]
         device = self._devices.get(space.number)
         if device is None:
-            device = Device(self._shard.pager, self._shard.promoter, space)
+            shard = self._shard
+            ahead = ReadAhead(shard.pager, shard.handles, shard.tiers, space, self.counters)
+            device = Device(shard.pager, shard.promoter, ahead, space)
             self._devices[space.number] = device
         return device
 
