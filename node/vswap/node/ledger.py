@@ -15,7 +15,9 @@ import numpy as np
 from vswap.node import entry
 from vswap.node.handles import Handles
 from vswap.node.spaces import Space, Spaces
-from vswap.tiers.record import I64, ROW_BYTES, U32, U64, Mask, Records
+from vswap.tiers.record import I64, ROW_BYTES, SIZE_BITS, U32, U64, Mask, Records
+
+_TAG_AND_SIZE = np.uint64(15 << 60 | (1 << SIZE_BITS) - 1)
 
 
 class Ledger:
@@ -36,6 +38,40 @@ class Ledger:
         left = self._account(space, old, -1)
         self._account(space, words, +1)
         space.peak_bytes = max(space.peak_bytes, space.live_bytes)
+        self._bury(left)
+
+    def flip_raw(
+        self, space: Space, slots: U64, words: U64, tag: int, size: int,
+        places: list[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        """:meth:`flip` to entries that all point at records of ``size`` bytes in one tier, with
+        half the numpy calls where they replace the like. ``places``: (handle, how many) of them.
+
+        Raises OutOfTiers when shared memory is full; nothing changed then.
+        """
+        books, n, cost = self.handles, len(slots), size + ROW_BYTES
+        old = space.table.exchange(slots, words)
+        like = np.uint64(tag << 60 | size >> 4)
+        if np.count_nonzero((old & _TAG_AND_SIZE) == like) == n:
+            handles = entry.handles(old)
+            np.subtract.at(books.live_bytes, handles, cost)
+            np.subtract.at(books.live_records, handles, 1)
+            left = [handles]
+        else:
+            left = self._account(space, old, -1)
+            space.pages_by_tag[tag] += n
+            self.pages_by_tag[tag] += n
+            self.logical_by_tag[tag] += n * space.page_bytes
+            space.bytes_by_tag[tag] += n * cost
+            self.bytes_by_tag[tag] += n * cost
+            space.peak_bytes = max(space.peak_bytes, space.live_bytes)
+        for handle, count in places:
+            books.live_bytes[handle] += count * cost
+            books.live_records[handle] += count
+        self._bury(left)
+
+    def _bury(self, left: list[I64]) -> None:
+        """Tells of segments whose last live record went."""
         for handles in left:
             dead = handles[self.handles.live_records[handles] == 0]
             if len(dead):

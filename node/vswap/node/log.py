@@ -8,7 +8,7 @@ and the flip; what no flip took is dead on arrival.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier, TierState
 from vswap.tiers import ram
 from vswap.tiers.backend import Read
-from vswap.tiers.record import HEADER_BYTES, I64, ROW_BYTES, U8, U64, Records, concatenate, cut
+from vswap.tiers.record import HEADER_BYTES, ROW_BYTES, U8, U64, Records, concatenate, cut
 from vswap.tiers.segment import build, segment_size
 from vswap.wire.errors import OutcomeUnknown, OutOfTiers, PageCorrupt, VswapError
 
@@ -73,38 +73,46 @@ class RamLog:
 
     def place(self, records: Records, stream: int) -> Placed:
         """Appends; all or nothing. Raises OutOfTiers when the tier or shared memory is full."""
-        runs, placed = self._open(records.cost, stream)
-        for run, handle in runs:
+        cost = records.cost
+        runs = cut(cost, self._head_room(stream), self._arena.block_bytes)
+        placed, places = self._open(runs, stream, lambda: int(cost.sum()))
+        for run, handle in places:
             placed.words[run] = self._append(handle, records.take(run))
         return placed
 
-    def place_raw(self, pages: U8, space: int, slots: U64, sums: U64, meta: int) -> Placed:
+    def place_raw(
+        self, pages: U8, space: int, slots: U64, sums: U64, meta: int
+    ) -> tuple[Placed, list[tuple[int, int]]]:
         """:meth:`place` for pages (n, page_bytes) as they are, of one space and one store; ``sums``
-        (n,) are portable."""
-        runs, placed = self._open(
-            np.full(len(pages), pages.shape[1] + HEADER_BYTES + ROW_BYTES), STORES
-        )
-        for run, handle in runs:
+        (n,) are portable. Also answers how many went to each segment: (handle, pages)."""
+        n, page_bytes = pages.shape
+        size = page_bytes + HEADER_BYTES
+        cost = size + ROW_BYTES
+        end = min(n, self._head_room(STORES) // cost)
+        runs, most = [slice(0, end)], self._arena.block_bytes // cost
+        while end < n:
+            runs.append(slice(end, end := min(n, end + most)))
+        placed, places = self._open(runs, STORES, lambda: n * cost)
+        for run, handle in places:
             row = self._handles.rows[handle]
             payload, count = int(row["payload"]), int(row["records"])
-            some = pages[run]
             loc = ram.append_raw(
-                self._arena.view(int(row["block"])), some, space=space, slots=slots[run],
+                self._arena.view(int(row["block"])), pages[run], space=space, slots=slots[run],
                 sums=sums[run], meta=meta, payload=payload, count=count,
                 own=self._handles.salts[handle],
             )  # fmt: skip
-            row["payload"] = payload + len(some) * (pages.shape[1] + HEADER_BYTES)
-            row["records"] = count + len(some)
-            placed.words[run] = entry.tier_words(self._tier.tag, handle, loc)
-        return placed
+            row["payload"] = payload + len(loc) * size
+            row["records"] = count + len(loc)
+            loc |= np.uint64(self._tier.tag << 60 | handle << 32)
+            placed.words[run] = loc
+        return placed, [(handle, run.stop - run.start) for run, handle in places]
 
-    def _open(self, cost: I64, stream: int) -> tuple[list[tuple[slice, int]], Placed]:
-        """Room for records of ``cost`` bytes: which go to which open block. Pins the blocks."""
-        runs = cut(cost, self._head_room(stream), self._arena.block_bytes)
+    def _open(
+        self, runs: list[slice], stream: int, need: Callable[[], int]
+    ) -> tuple[Placed, list[tuple[slice, int]]]:
+        """Open blocks for runs of records, the first one's being open already. Pins them."""
         if len(runs) - 1 > self._blocks(stream):
-            raise OutOfTiers(
-                f"tier {self._tier.name} is full", tier=self._tier.name, need=int(cost.sum())
-            )
+            raise OutOfTiers(f"tier {self._tier.name} is full", tier=self._tier.name, need=need())
         fresh: list[int] = []
         try:
             while len(fresh) < len(runs) - 1:
@@ -118,10 +126,9 @@ class RamLog:
         if head is not None:
             self._handles.pins[head] += 1
         self._heads[stream] = heads[-1]
-        if head is None:
-            runs = runs[1:]
-        placed = Placed(np.empty(len(cost), np.uint64), heads)
-        return [(r, h) for r, h in zip(runs, heads, strict=True) if r.stop > r.start], placed
+        placed = Placed(np.empty(runs[-1].stop, np.uint64), heads)
+        used = runs[1:] if head is None else runs
+        return placed, [(r, h) for r, h in zip(used, heads, strict=True) if r.stop > r.start]
 
     def settle(self, placed: Placed) -> None:
         for handle in placed.segments:

@@ -29,7 +29,17 @@ from vswap.node.tickets import Tickets
 from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
 from vswap.tiers.backend import Buffer
-from vswap.tiers.record import I64, ROW_BYTES, U8, U64, Mask, Records, identity, raw_meta
+from vswap.tiers.record import (
+    HEADER_BYTES,
+    I64,
+    ROW_BYTES,
+    U8,
+    U64,
+    Mask,
+    Records,
+    identity,
+    raw_meta,
+)
 from vswap.wire.errors import (
     OutcomeUnknown,
     OutOfTiers,
@@ -132,6 +142,8 @@ class Pager:
         if not len(slots):
             return
         slots, pages = _last_wins(slots, pages)
+        if self.store_now(space, slots, pages):
+            return
         listed = slots.tolist()
         self._tickets.begin(space.number, listed)
         try:
@@ -152,25 +164,26 @@ class Pager:
         if len(set(listed)) < len(listed):
             return False
         self._check(space, slots)
+        fills, _ = find_fills(pages)
+        if np.count_nonzero(fills):
+            return False
         ticket = self._handles.take_sequences(1)
         meta = raw_meta(ticket, space.page_shift)
-        fills, patterns = find_fills(pages)
-        some: Mask | slice = ~fills if np.count_nonzero(fills) else slice(None)
-        real, real_slots = pages[some], slots[some]
-        sums = np.fromiter(map(xxh3_64_intdigest, real), np.uint64, len(real))
-        sums ^= identity(space.number, real_slots, meta)
-        words = entry.fill_words(patterns)
-        log, placed = self._tiers.ram_log(tier), None
+        sums = np.fromiter(map(xxh3_64_intdigest, pages), np.uint64, len(pages))
+        sums ^= identity(space.number, slots, meta)
+        log = self._tiers.ram_log(tier)
         try:
-            if len(real):
-                placed = log.place_raw(real, space.number, real_slots, sums, meta)
-                words[some] = placed.words
-            self._commit(space, slots, listed, words, ticket)
+            placed, places = log.place_raw(pages, space.number, slots, sums, meta)
+        except OutOfTiers:
+            return False
+        try:
+            size = space.page_bytes + HEADER_BYTES
+            self._ledger.flip_raw(space, slots, placed.words, tier.tag, size, places)
         except OutOfTiers:
             return False
         finally:
-            if placed is not None:
-                log.settle(placed)
+            log.settle(placed)
+        self._tickets.flip(space.number, listed, ticket)
         self.counters["pages_stored"] += len(slots)
         return True
 

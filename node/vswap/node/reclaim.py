@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 import structlog
@@ -27,6 +28,9 @@ _ROUND_SEGMENTS = 8
 _FRUITLESS_ROUNDS = 6
 _GARBAGE_SHARE = 0.25
 """From this share of dead bytes on, a RAM tier is compacted before anything is demoted."""
+_SPARSE, _TIDY = 0.3, 0.4
+"""A RAM tier with less than the first share of live bytes is compacted up to the second."""
+_FEW_BLOCKS = 8
 _MOST_LIVE = 0.8
 """A segment fuller than this is not worth compacting."""
 
@@ -44,6 +48,7 @@ class Reclaim:
         choosers: Choosers,
         grants: Grants,
         *,
+        live_bytes: Callable[[int], int],
         clock: Callable[[], float],
     ) -> None:
         self._handles = handles
@@ -51,6 +56,7 @@ class Reclaim:
         self._evacuator = evacuator
         self._choosers = choosers
         self._grants = grants
+        self._live_bytes = live_bytes
         self._clock = clock
         self._tasks: dict[int, asyncio.Task[int]] = {}
         self._retry_at: dict[int, float] = {}
@@ -58,15 +64,37 @@ class Reclaim:
         self.closed = False
 
     def poke(self) -> None:
-        """Starts background reclaim where a tier is above its high watermark. Cheap."""
+        """Starts background reclaim where a tier is above its high watermark, or is RAM that holds
+        more garbage than pages. Cheap."""
         for tier in self._tiers.ranked:
             if (
-                tier.local
-                and tier.fullness > tier.spec.high
-                and tier.tag not in self._tasks
-                and self._clock() >= self._retry_at.get(tier.tag, 0.0)
+                not tier.local
+                or tier.tag in self._tasks
+                or self._clock() < self._retry_at.get(tier.tag, 0.0)
             ):
-                self._start(tier)
+                continue
+            if tier.fullness > tier.spec.high:
+                self._start(tier, self._clean(tier))
+            elif tier.ram is not None and self._live_share(tier) < _SPARSE:
+                self._start(tier, self._tidy(tier))
+
+    def _live_share(self, tier: Tier) -> float:
+        """Of the blocks beyond a few; 1 where there are no more than these."""
+        assert tier.ram is not None
+        beyond = tier.stored_bytes - _FEW_BLOCKS * tier.ram.block_bytes
+        return self._live_bytes(tier.tag) / beyond if beyond > 0 else 1.0
+
+    async def _tidy(self, tier: Tier) -> int:
+        """Compacts a RAM tier that has room: to write on in memory that is mapped already costs
+        less than fresh memory does, and what is not needed can be given back."""
+        before = tier.stored_bytes
+        while self._live_share(tier) < _TIDY and not self.closed:
+            start = tier.stored_bytes
+            moved = await self._compact(tier)
+            if moved is None or not moved.pages or tier.stored_bytes >= start:
+                self._retry_at[tier.tag] = self._clock() + 0.5
+                break
+        return before - tier.stored_bytes
 
     async def make_room(self, wanted: list[tuple[Tier, int]]) -> bool:
         """Direct reclaim: waits until one of these full RAM tiers has room for its bytes.
@@ -81,7 +109,7 @@ class Reclaim:
             return False
         self.counters["direct_reclaims"] += 1
         await asyncio.sleep(0)
-        tasks = [self._running(tier) or self._start(tier) for tier in fitting]
+        tasks = [self._running(tier) or self._start(tier, self._clean(tier)) for tier in fitting]
         while not any(self._has_room(tier, need) for tier, need in fitting.items()):
             if all(task.done() for task in tasks):
                 return any(_freed(task) > 0 for task in tasks)
@@ -105,8 +133,8 @@ class Reclaim:
         blocks = -(-need_bytes // (tier.ram.block_bytes - 65536))
         return tier.room() >= blocks * tier.ram.block_bytes
 
-    def _start(self, tier: Tier) -> asyncio.Task[int]:
-        task = asyncio.create_task(self._clean(tier), name=f"reclaim {tier.name}")
+    def _start(self, tier: Tier, work: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
+        task = asyncio.create_task(work, name=f"reclaim {tier.name}")
         self._tasks[tier.tag] = task
         task.add_done_callback(lambda ended: self._ended(tier.tag, ended))
         return task

@@ -154,7 +154,13 @@ class Shard:
         choosers = Choosers(self.spaces, self.evacuator)
         self._grants = Grants(lambda tag: self.evacuator.promised[tag])
         self.reclaim = Reclaim(
-            handles, tiers, self.evacuator, choosers, self._grants, clock=seams.clock
+            handles,
+            tiers,
+            self.evacuator,
+            choosers,
+            self._grants,
+            clock=seams.clock,
+            live_bytes=lambda tag: int(ledger.bytes_by_tag[tag]),
         )
         self._sweeper = Sweeper(handles)
         self.directives = Directives(

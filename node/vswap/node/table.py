@@ -108,6 +108,21 @@ class SwapTable:
             if (delta < 0).any():
                 self._punch_empty(slots[delta < 0])
 
+    def exchange(self, slots: U64, words: U64) -> U64:
+        """Sets entries that are not free, of distinct slots; returns what they replace.
+
+        Raises OutOfTiers when shared memory is full; nothing changed then.
+        """
+        if np.count_nonzero(self._used[slots >> _CHUNK_SHIFT] > 1) == len(slots):
+            old = self._words[slots]
+            if np.count_nonzero(old) == len(slots):
+                self._words[slots] = words
+                return old
+        self.reserve(slots)
+        old = self.get(slots)
+        self.set(slots, words, old)
+        return old
+
     def _punch_empty(self, slots: U64) -> None:
         chunks = slots >> _CHUNK_SHIFT
         for chunk in np.unique(chunks[self._used[chunks] == 1]).tolist():

@@ -63,7 +63,7 @@ class Tier:
         self.room_changed = asyncio.Event()
         """Set whenever room may have appeared; waiters clear it."""
         self.on_pressure: Callable[[], None] = lambda: None
-        """Called when a charge took the tier above its high watermark."""
+        """Called when a charge took the tier above its high watermark, and for blocks of RAM."""
         self._handles = handles
         self._clock = clock
         self._rng = rng
@@ -116,7 +116,7 @@ class Tier:
 
     def charge(self, stored_bytes: int) -> None:
         self.stored_bytes += stored_bytes
-        if self.fullness > self.spec.high:
+        if self.fullness > self.spec.high or self.ram is not None:
             self.on_pressure()
 
     def credit(self, stored_bytes: int) -> None:

@@ -26,6 +26,7 @@ from vswap.tiers.record import (
     loc_offset,
     loc_size,
     make_loc,
+    make_locs,
     read_records,
     salt,
     write_headers,
@@ -37,6 +38,7 @@ from vswap.wire.errors import BackendRefused, OutOfTiers, PageLost, SegmentExist
 MIN_BLOCK_BYTES = 256 * 1024
 MAX_BLOCK_BYTES = 2 * 2**20
 MIN_BLOCKS = 4
+_INDEX: U64 = np.arange(MAX_BLOCK_BYTES // 4096, dtype=np.uint64)
 
 
 def block_size(capacity_bytes: int) -> int:
@@ -196,7 +198,7 @@ def append(block: U8, records: Records, *, payload: int, count: int, own: np.uin
 def append_raw(
     block: U8, pages: U8, *, space: int, slots: U64, sums: U64, meta: int, payload: int, count: int,
     own: np.uint64,
-) -> np.ndarray:  # fmt: skip
+) -> U64:  # fmt: skip
     """:func:`append` for pages (n, page_bytes) as they are: one copy of the bytes.
 
     ``sums`` (n,) are portable; ``meta`` is the same for all.
@@ -208,7 +210,8 @@ def append_raw(
     headers = records.view(np.uint64)
     headers[:, 0] = sums ^ own
     headers[:, 1] = meta
-    loc = make_loc(payload + size * np.arange(n), np.full(n, size))
+    loc = _INDEX[:n] * np.uint64(make_locs(size, 0))
+    loc += np.uint64(make_locs(payload, size))
     end = len(block) - ROW_BYTES * count
     rows = block[end - ROW_BYTES * n : end].view(ROW)[::-1]
     rows["space"], rows["slot"], rows["loc"] = space, slots, loc

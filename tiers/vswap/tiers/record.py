@@ -119,6 +119,11 @@ def make_loc(offset: I64, size: I64) -> U32:
     return ((offset >> 4 << SIZE_BITS) | (size >> 4)).astype(np.uint32)
 
 
+def make_locs(offset: int, size: int) -> int:
+    """:func:`make_loc` of one record."""
+    return offset >> 4 << SIZE_BITS | size >> 4
+
+
 def loc_offset(loc: U32) -> I64:
     """Byte offset in the segment."""
     return (loc >> np.uint32(SIZE_BITS)).astype(np.int64) * UNIT_BYTES

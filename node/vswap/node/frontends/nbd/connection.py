@@ -568,4 +568,4 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 parts.append(self._replies.done(write.cookie))
         if parts:
-            self._send(*parts)
+            self._send(b"".join(parts))

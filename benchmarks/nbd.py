@@ -1,0 +1,281 @@
+"""``make bench-nbd``: block devices against nbdkit's memory plugin and qemu-nbd.
+
+One run, all servers up at once, every measurement of a round taken of each in turn: fio over unix
+sockets, random reads and writes, depth 1 and 32, 4 KiB and 128 KiB. vswap twice: raw pages in an
+uncompressed RAM tier (checksums are verified on every read), and real memory pages in a compressed
+one. ``--rounds N``, ``--seconds S``, ``--json FILE``. Exits 1 if a figure is below its floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import zstandard
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import MIB, PAGE_BYTES, Pages, Result, real_pages
+
+SIZE = 128 * MIB
+_PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "nbdcopy")
+
+
+@dataclass(frozen=True)
+class Server:
+    name: str
+    uri: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one fio run."""
+
+    iops: float
+    p50_us: float
+    p99_us: float
+    cpu_us: float
+    """Of the server, per I/O."""
+
+
+@contextmanager
+def _process(command: list[str], socket: Path) -> Iterator[int]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until_s = time.monotonic() + 20
+        while not socket.is_socket():
+            if process.poll() is not None or time.monotonic() > until_s:
+                raise SystemExit(f"{command[0]} does not start: {' '.join(command)}")
+            time.sleep(0.05)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextmanager
+def _node(root: Path, name: str, codec: str) -> Iterator[Server]:
+    """A node with one RAM tier, eight times as large as the device: blocks that random overwrites
+    leave half empty are cleaned, as they would be in service."""
+    short = name.replace(" ", "-")
+    config, socket = root / f"{short}.toml", root / f"{short}.sock"
+    config.write_text(
+        f'name = "{short}"\nlisten = "127.0.0.1:0"\nstate_dir = "{root}/{short}"\n'
+        f'nbd = ["unix:{socket}"]\nlog_level = "error"\n'
+        f'[[tiers]]\nname = "ram"\nurl = "ram://"\ncodec = "{codec}"\n'
+        f'capacity_bytes = {8 * SIZE}\n[[spaces]]\nname = "s"\nmax_slots = {SIZE // PAGE_BYTES}\n'
+    )
+    command = [sys.executable, "-m", "vswap.cli.main", "run", "node", "--config", str(config)]
+    with _process(command, socket) as pid:
+        yield Server(name, f"nbd+unix:///s?socket={socket}", pid)
+
+
+@contextmanager
+def _nbdkit(root: Path) -> Iterator[Server]:
+    socket = root / "nbdkit.sock"
+    with _process(["nbdkit", "-f", "-U", str(socket), "memory", str(SIZE)], socket) as pid:
+        yield Server("nbdkit memory", f"nbd+unix:///?socket={socket}", pid)
+
+
+@contextmanager
+def _qemu_nbd(root: Path) -> Iterator[Server]:
+    socket, image = root / "qemu.sock", root / "qemu.img"
+    image.write_bytes(b"")
+    os.truncate(image, SIZE)
+    command = ["qemu-nbd", "-k", str(socket), "-f", "raw", "-t", "-e", "8", "--cache=writeback",
+               str(image)]  # fmt: skip
+    with _process(command, socket) as pid:
+        yield Server("qemu-nbd", f"nbd+unix:///?socket={socket}", pid)
+
+
+def _fill(server: Server, image: Path) -> None:
+    subprocess.run(["nbdcopy", str(image), server.uri], check=True)
+
+
+def _fio(server: Server, rw: str, size: str, depth: int, seconds: float, compress: bool) -> Figures:
+    command = [
+        "fio", "--name=x", "--ioengine=nbd", f"--uri={server.uri}", f"--rw=rand{rw}",
+        f"--bs={size}", f"--iodepth={depth}", f"--size={SIZE}", "--time_based",
+        f"--runtime={seconds}", "--norandommap", "--output-format=json",
+    ]  # fmt: skip
+    if compress:
+        command += ["--buffer_compress_percentage=60", "--buffer_compress_chunk=4096"]
+    process = psutil.Process(server.pid)
+    before = process.cpu_times()
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    after = process.cpu_times()
+    job = json.loads(out[out.index("{") :])["jobs"][0][rw]
+    percentiles = job["clat_ns"]["percentile"]
+    cpu_s = after.user + after.system - before.user - before.system
+    return Figures(
+        iops=job["iops"], p50_us=percentiles["50.000000"] / 1e3,
+        p99_us=percentiles["99.000000"] / 1e3, cpu_us=cpu_s / max(job["total_ios"], 1) * 1e6,
+    )  # fmt: skip
+
+
+def _bare_zstd_us(pages: Pages) -> tuple[float, float]:
+    """What compressing and decompressing a page costs by itself."""
+    compress = zstandard.ZstdCompressor(level=1).compress
+    decompress = zstandard.ZstdDecompressor().decompress
+    start = time.perf_counter()
+    encoded = [compress(page) for page in pages]
+    middle = time.perf_counter()
+    for data in encoded:
+        decompress(data, PAGE_BYTES)
+    end = time.perf_counter()
+    return (middle - start) / len(pages) * 1e6, (end - middle) / len(pages) * 1e6
+
+
+Key = tuple[str, str, str, int]
+
+
+def measure(rounds: int, seconds: float) -> tuple[dict[Key, Figures], tuple[float, float]]:
+    """Medians per (server, rw, size, depth), and the bare cost of zstd."""
+    runs: dict[Key, list[Figures]] = defaultdict(list)
+    zstd = []
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        servers = [
+            stack.enter_context(_node(root, "vswap raw", "none")),
+            stack.enter_context(_node(root, "vswap zstd", "zstd:1")),
+            stack.enter_context(_nbdkit(root)),
+            stack.enter_context(_qemu_nbd(root)),
+        ]
+        real = real_pages(SIZE // PAGE_BYTES)
+        image = root / "image"
+        image.write_bytes(np.random.default_rng(1).bytes(SIZE))
+        for server in servers:
+            if server.name == "vswap zstd":
+                (root / "real").write_bytes(real.tobytes())
+                _fill(server, root / "real")
+            else:
+                _fill(server, image)
+        image.unlink()
+        for _ in range(rounds):
+            zstd.append(_bare_zstd_us(real[:4096]))
+            for rw in ("read", "write"):
+                for size in ("4k", "128k"):
+                    for depth in (1, 32):
+                        for server in servers:
+                            found = _fio(server, rw, size, depth, seconds,
+                                         rw == "write" and server.name == "vswap zstd")  # fmt: skip
+                            runs[server.name, rw, size, depth].append(found)
+                print(".", end="", file=sys.stderr, flush=True)
+            # Writes left fio's pages there: the next round reads real ones again.
+            _fill(servers[1], root / "real")
+    print(file=sys.stderr)
+    medians = {
+        key: Figures(*(median(getattr(f, name) for f in found) for name in Figures.__annotations__))
+        for key, found in runs.items()
+    }
+    return medians, (median(c for c, _ in zstd), median(d for _, d in zstd))
+
+
+_HELD_BACK = {
+    ("read", "4k"): "about 45 numpy calls a batch, whatever its length; then xxh3 and sendmsg",
+    ("read", "128k"): "a view, a hash and an iovec for each of 32 pages; nbdkit sends one piece",
+    ("write", "4k"): "about 90 numpy calls a batch of about 20: entry, books, header, directory",
+    ("write", "128k"): "32 records a request, and batches end where the socket's buffer does",
+}
+
+
+def results(medians: dict[Key, Figures], zstd: tuple[float, float]) -> list[Result]:
+    bounds = {("read", "4k"): (1.0, 1.5), ("read", "128k"): (0.5, 0.9),
+              ("write", "4k"): (0.5, 0.8), ("write", "128k"): (0.5, 0.8)}  # fmt: skip
+    found = []
+    for (rw, size), (floor, aim) in bounds.items():
+        ratio = (
+            medians["vswap raw", rw, size, 32].iops / medians["nbdkit memory", rw, size, 32].iops
+        )
+        found.append(
+            Result(
+                f"{rw} {size}, depth 32, raw, over nbdkit memory", ratio, floor=floor, aim=aim,
+                up=True, note=_HELD_BACK[rw, size],
+            )
+        )  # fmt: skip
+    for rw, bare_us in (("write", zstd[0]), ("read", zstd[1])):
+        for size, pages in (("4k", 1), ("128k", 32)):
+            raw = 1e6 / medians["vswap raw", rw, size, 32].iops
+            compressed = 1e6 / medians["vswap zstd", rw, size, 32].iops
+            found.append(
+                Result(
+                    f"{rw} {size}, depth 32: what compression adds, over bare zstd",
+                    (compressed - raw) / (bare_us * pages), floor=1.3,
+                    note=f"{raw:.1f} us raw, {compressed:.1f} us compressed, bare zstd "
+                    f"{bare_us * pages:.1f} us an I/O",
+                )
+            )  # fmt: skip
+    return found
+
+
+def _show(medians: dict[Key, Figures], found: list[Result]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    table = Table(title=f"fio, unix socket, {len(os.sched_getaffinity(0))} CPUs, not pinned")
+    for column in ("what", "depth", "server", "I/O per s", "MB/s", "p50 us", "p99 us", "CPU us/IO"):
+        table.add_column(column, justify="left" if column in ("what", "server") else "right")
+    for rw in ("read", "write"):
+        for size, kib in (("4k", 4), ("128k", 128)):
+            for depth in (1, 32):
+                for (name, *rest), f in medians.items():
+                    if rest == [rw, size, depth]:
+                        table.add_row(
+                            f"{rw} {size}", str(depth), name, f"{f.iops:.0f}",
+                            f"{f.iops * kib * 1024 / 1e6:.0f}", f"{f.p50_us:.0f}",
+                            f"{f.p99_us:.0f}", f"{f.cpu_us:.1f}",
+                        )  # fmt: skip
+                table.add_section()
+    console.print(table)
+    table = Table()
+    for column in ("what", "measured", "floor", "aim", "", "held back by / detail"):
+        table.add_column(column)
+    for r in found:
+        sign = ">=" if r.up else "<="
+        table.add_row(
+            r.what, f"{r.value:.2f} {r.unit}", f"{sign} {r.floor}" if r.floor else "-",
+            f"{sign} {r.aim}" if r.aim else "-", r.verdict, r.note,
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench-nbd ARGS=...", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    missing = [program for program in _PROGRAMS if shutil.which(program) is None]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)} not found: "
+                         "apt-get install fio nbdkit qemu-utils libnbd-bin")  # fmt: skip
+    medians, zstd = measure(args.rounds, args.seconds)
+    found = results(medians, zstd)
+    _show(medians, found)
+    if args.json:
+        rows: list[dict[str, Any]] = [
+            dict(zip(("server", "rw", "size", "depth"), key, strict=True)) | vars(figures)
+            for key, figures in medians.items()
+        ]
+        args.json.write_text(
+            json.dumps({"runs": rows, "results": [r.as_dict() for r in found]}, indent=1)
+        )
+    return int(any(r.verdict == "BELOW FLOOR" for r in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
