@@ -59,6 +59,9 @@ def show(
     console.print(f"coordinator: {status.coordinator}, configuration {status.generation}")
     console.print(f"pages: {units.count(status.pages)}, fill: {units.count(status.fill_pages)}")
     console.print(f"backing: {used} used, {units.size(status.usable_free_bytes)} of pages free")
+    if status.nbd:
+        numbers = (f"{number} {name}" for number, name in enumerate(status.places) if name)
+        console.print(f"block devices: {', '.join(status.nbd)}; vswap:tier {', '.join(numbers)}")
     console.print()
     console.print(tier_table(list(status.tiers)))
     output.remarks(f"{tier.tier}: {tier.error}" for tier in status.tiers if tier.error)

@@ -84,6 +84,7 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             batch_max_pages_bytes=MAX_BATCH_BYTES,
             pid=os.getpid(),
             nbd=self.nbd,
+            places=shard.places,
         )
 
     @served

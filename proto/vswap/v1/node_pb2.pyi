@@ -216,7 +216,7 @@ class GetNodeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("name", "shard_uuid", "cluster_uuid", "incarnation", "version", "coordinator", "generation", "tiers", "pages", "fill_pages", "usable_free_bytes", "usable_total_bytes", "counters", "batch_max_pages_bytes", "pid", "nbd")
+    __slots__ = ("name", "shard_uuid", "cluster_uuid", "incarnation", "version", "coordinator", "generation", "tiers", "pages", "fill_pages", "usable_free_bytes", "usable_total_bytes", "counters", "batch_max_pages_bytes", "pid", "nbd", "places")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +240,7 @@ class NodeStatus(_message.Message):
     BATCH_MAX_PAGES_BYTES_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NBD_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
     name: str
     shard_uuid: str
     cluster_uuid: str
@@ -256,7 +257,8 @@ class NodeStatus(_message.Message):
     batch_max_pages_bytes: int
     pid: int
     nbd: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., shard_uuid: _Optional[str] = ..., cluster_uuid: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., coordinator: _Optional[str] = ..., generation: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.TierUsage, _Mapping]]] = ..., pages: _Optional[int] = ..., fill_pages: _Optional[int] = ..., usable_free_bytes: _Optional[int] = ..., usable_total_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., batch_max_pages_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., nbd: _Optional[_Iterable[str]] = ...) -> None: ...
+    places: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., shard_uuid: _Optional[str] = ..., cluster_uuid: _Optional[str] = ..., incarnation: _Optional[int] = ..., version: _Optional[str] = ..., coordinator: _Optional[str] = ..., generation: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[_common_pb2.TierUsage, _Mapping]]] = ..., pages: _Optional[int] = ..., fill_pages: _Optional[int] = ..., usable_free_bytes: _Optional[int] = ..., usable_total_bytes: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., batch_max_pages_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., nbd: _Optional[_Iterable[str]] = ..., places: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ()
