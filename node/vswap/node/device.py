@@ -19,6 +19,7 @@ from vswap.node.readahead import ReadAhead
 from vswap.node.spaces import Space
 from vswap.tiers.backend import Buffer
 from vswap.tiers.record import U8, U32, U64
+from vswap.wire.errors import UnknownSpace
 
 _STEP_SLOTS = 8192
 """Slots that are freed, filled or looked up in one turn: about 1 ms."""
@@ -166,6 +167,8 @@ class Device:
 
         At most 8192 extents each, so the answer may end before the range does.
         """
+        if self.space.deleted:
+            raise UnknownSpace(f"space {self.space.name!r} was deleted", space=self.space.name)
         first = offset >> self._shift
         slots = (offset + length + self._mask >> self._shift) - first
         runs: list[list[tuple[U64, U32]]] = [[] for _ in of]

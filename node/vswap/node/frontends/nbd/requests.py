@@ -52,8 +52,8 @@ class Parser:
         """(write, offset, bytes), in range. All but the last piece of a write end at a page's."""
         self.others: list[tuple[int, int, int, int, int]] = []
         """(command, cookie, offset, length, flags), in range where that means anything."""
-        self.errors: list[tuple[int, int, int, str]] = []
-        """(command, cookie, errno, why)."""
+        self.errors: list[tuple[int, int, str]] = []
+        """(cookie, errno, why)."""
         self.disconnect = False
 
     def feed(self, data: memoryview) -> int:
@@ -113,7 +113,7 @@ class Parser:
             return
         error, why = self._check(command, flags, offset, length)
         if error:
-            self.errors.append((command, cookie, error, why))
+            self.errors.append((cookie, error, why))
             if command == Command.WRITE:
                 self._skip = length
         elif command == Command.READ and length:
