@@ -30,7 +30,7 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import MIB, PAGE_BYTES, Pages, Result, real_pages
+from benchmarks.common import MIB, PAGE_BYTES, Result, real_pages
 
 SIZE = 128 * MIB
 _PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "nbdcopy")
@@ -129,8 +129,10 @@ def _fio(server: Server, rw: str, size: str, depth: int, seconds: float, compres
     )  # fmt: skip
 
 
-def _bare_zstd_us(pages: Pages) -> tuple[float, float]:
-    """What compressing and decompressing a page costs by itself."""
+def _bare_zstd_us(server: Server, copy: Path) -> tuple[float, float]:
+    """What compressing and decompressing a page that lies there now costs by itself."""
+    subprocess.run(["nbdcopy", server.uri, str(copy)], check=True)
+    pages = np.fromfile(copy, np.uint8).reshape(-1, PAGE_BYTES)[:8192]
     compress = zstandard.ZstdCompressor(level=1).compress
     decompress = zstandard.ZstdDecompressor().decompress
     start = time.perf_counter()
@@ -168,7 +170,7 @@ def measure(rounds: int, seconds: float) -> tuple[dict[Key, Figures], tuple[floa
                 _fill(server, image)
         image.unlink()
         for _ in range(rounds):
-            zstd.append(_bare_zstd_us(real[:4096]))
+            _, decompress_us = _bare_zstd_us(servers[1], root / "copy")
             for rw in ("read", "write"):
                 for size in ("4k", "128k"):
                     for depth in (1, 32):
@@ -178,6 +180,8 @@ def measure(rounds: int, seconds: float) -> tuple[dict[Key, Figures], tuple[floa
                             runs[server.name, rw, size, depth].append(found)
                 print(".", end="", file=sys.stderr, flush=True)
             # Writes left fio's pages there: the next round reads real ones again.
+            compress_us, _ = _bare_zstd_us(servers[1], root / "copy")
+            zstd.append((compress_us, decompress_us))
             _fill(servers[1], root / "real")
     print(file=sys.stderr)
     medians = {
