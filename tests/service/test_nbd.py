@@ -6,6 +6,7 @@ import asyncio
 import errno
 import random
 import struct
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -441,3 +442,35 @@ async def test_sequential_reads_of_slow_pages_are_read_ahead(tmp_path: Path) -> 
         await client(address, scattered)
         read = shard.counters()["readahead_pages"] - before
         assert read < 600, "random reads are no stream"
+
+
+async def test_thousands_of_small_requests_in_one_go(tmp_path: Path) -> None:
+    """All kinds, as fast as the socket takes them: each is answered, once."""
+    async with serve(tmp_path, ram(mib=8, codec="zstd:1")) as (_, _, address):
+        rng = random.Random(11)
+        model = bytearray(SIZE)
+        stream, count = b"", 0
+        for slot in rng.sample(range(SLOTS), 3000):
+            offset = slot * 4096 + rng.randrange(4000)
+            data = rng.randbytes(rng.randrange(1, 90))
+            model[offset : offset + len(data)] = data
+            stream += struct.pack(
+                ">IHHQQI", nbd.REQUEST, 0, nbd.WRITE, count, offset, len(data)
+            ) + data  # fmt: skip
+            count += 1
+        for command in (nbd.FLUSH, nbd.BLOCK_STATUS, nbd.CACHE):
+            length = 0 if command == nbd.FLUSH else SIZE
+            for _ in range(1000):
+                stream += struct.pack(">IHHQQI", nbd.REQUEST, 0, command, count, 0, length)
+                count += 1
+
+        def work(disk: Nbd) -> None:
+            sender = threading.Thread(target=disk.sock.sendall, args=(stream,))
+            sender.start()
+            answers = disk.replies(count)
+            sender.join()
+            assert sorted(answers) == list(range(count))
+            assert not any(answer.error for answer in answers.values())
+            assert disk.read(0, SIZE) == model
+
+        await client(address, work, contexts=("base:allocation", "vswap:tier"))

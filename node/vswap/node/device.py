@@ -68,6 +68,10 @@ class Device:
         return np.arange(offset >> self._shift, (offset + length + self._mask) >> self._shift,
                          dtype=np.uint64)  # fmt: skip
 
+    def _check(self) -> None:
+        if self.space.deleted:
+            raise UnknownSpace(f"space {self.space.name!r} was deleted", space=self.space.name)
+
     def inner(self, offset: int, length: int) -> tuple[int, int]:
         """First and end slot of the whole pages in a range; end <= first where there is none."""
         return (offset + self._mask) >> self._shift, (offset + length) >> self._shift
@@ -160,19 +164,21 @@ class Device:
 
     # ---------------------------------------------------------------- extents
 
-    def extents(
+    async def extents(
         self, offset: int, length: int, of: Sequence[Callable[[U64], U32]], *, one: bool
     ) -> list[tuple[U32, U32]]:
         """(lengths in bytes, states) for each question: :func:`allocation`, :func:`tier`.
 
         At most 8192 extents each, so the answer may end before the range does.
         """
-        if self.space.deleted:
-            raise UnknownSpace(f"space {self.space.name!r} was deleted", space=self.space.name)
+        self._check()
         first = offset >> self._shift
         slots = (offset + length + self._mask >> self._shift) - first
         runs: list[list[tuple[U64, U32]]] = [[] for _ in of]
         for start in range(0, slots, _STEP_SLOTS):
+            if start and not start % (8 * _STEP_SLOTS):
+                await asyncio.sleep(0)
+                self._check()
             count = min(_STEP_SLOTS, slots - start)
             where = np.arange(first + start, first + start + count, dtype=np.uint64)
             words = self.space.table.get(where)

@@ -74,6 +74,8 @@ class Connection(asyncio.BufferedProtocol):
         assert self._handshake is not None
         transport.write(bytes(self._handshake.replies))
         self._handshake.replies.clear()
+        if self._ending:
+            transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -81,7 +83,7 @@ class Connection(asyncio.BufferedProtocol):
         self._ending = True
         self._can_write.set()
         if self._session is not None:
-            self._session.queue.clear()
+            self._session.drop()
         if self._deadline is not None:
             self._deadline.cancel()
         self._budget.forget(self.pump)
@@ -168,7 +170,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def _queued(self) -> int:
-        return len(self._session.queue) if self._session is not None else 0
+        return self._session.queued if self._session is not None else 0
 
     @property
     def overdrawn(self) -> bool:

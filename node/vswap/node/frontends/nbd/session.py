@@ -73,8 +73,10 @@ class Session:
             has_contexts=bool(self._contexts),
         )  # fmt: skip
         self._writes = Writes(device, self._answers, link.spawn, offer.page_bytes)
-        self.queue: deque[tuple[int, int, int, int]] = deque()
+        self._reads: deque[tuple[int, int, int, int]] = deque()
         """Reads that wait: (cookie, offset, length, flags)."""
+        self._others: deque[tuple[int, int, int, int, int]] = deque()
+        """And others: (command, cookie, offset, length, flags)."""
 
     # ---------------------------------------------------------------- requests
 
@@ -88,10 +90,9 @@ class Session:
         for cookie, errno, why in parser.errors:
             self._answers.refuse(cookie, errno, why)
         parser.errors.clear()
-        for request in parser.others:
-            self._other(*request)
+        self._others.extend(parser.others)
         parser.others.clear()
-        self.queue.extend(parser.reads)
+        self._reads.extend(parser.reads)
         parser.reads.clear()
         return used
 
@@ -101,12 +102,12 @@ class Session:
 
     def _other(self, command: int, cookie: int, offset: int, length: int, flags: int) -> None:
         self._counters[f"nbd_{Command(command).name.lower()}"] += 1
-        if command == Command.BLOCK_STATUS:
-            self._block_status(cookie, offset, length, flags)
-        elif not length:
+        if not length:
             # Also a flush: what was acknowledged is where a load finds it, whatever dies but the
             # host, and nothing that this daemon could flush outlives that.
             self._link.send(self._replies.done(cookie))
+        elif command == Command.BLOCK_STATUS:
+            self._link.spawn(self._block_status(cookie, offset, length, flags), 0)
         else:
             self._link.spawn(self._change(command, cookie, offset, length, flags), 0)
 
@@ -130,10 +131,11 @@ class Session:
         else:
             self._link.send(self._replies.done(cookie))
 
-    def _block_status(self, cookie: int, offset: int, length: int, flags: int) -> None:
+    async def _block_status(self, cookie: int, offset: int, length: int, flags: int) -> None:
         questions = [_QUESTIONS[name] for name in self._contexts]
         try:
-            found = self._device.extents(offset, length, questions, one=bool(flags & wire.REQ_ONE))
+            one = bool(flags & wire.REQ_ONE)
+            found = await self._device.extents(offset, length, questions, one=one)
         except VswapError as error:
             self._answers.fail(cookie, error)
             return
@@ -149,24 +151,34 @@ class Session:
 
     # ---------------------------------------------------------------- read
 
+    @property
+    def queued(self) -> int:
+        return len(self._reads) + len(self._others)
+
+    def drop(self) -> None:
+        """Forgets what has not begun."""
+        self._reads.clear()
+        self._others.clear()
+
     def serve_some(self) -> bool:
-        """Serves queued reads, a turn's worth; True = there are more that could be served now."""
-        if not self.queue or self._link.busy:
-            return False
-        self._serve_some()
-        return bool(self.queue) and not self._must_wait() and not self._link.busy
+        """Serves what waits, a turn's worth; True = there is more that could be served now."""
+        while self._others and not self._link.busy:
+            self._other(*self._others.popleft())
+        if self._reads and not self._link.busy:
+            self._serve_some()
+        return bool(self._reads) and not self._must_wait() and not self._link.busy
 
     def _must_wait(self) -> bool:
-        return self.queue[0][2] > _LONG_BYTES and self._link.overdrawn
+        return self._reads[0][2] > _LONG_BYTES and self._link.overdrawn
 
     def _serve_some(self) -> None:
         mask, shift = self._page_mask, self._shift
         batch: list[tuple[int, int, int]] = []
         slots: list[int] = []
-        while self.queue and len(slots) < _TURN_PAGES:
-            if self._must_wait():
+        while self._reads and len(slots) < _TURN_PAGES:
+            if self._must_wait() or self._link.busy:
                 break
-            cookie, offset, length, flags = self.queue.popleft()
+            cookie, offset, length, flags = self._reads.popleft()
             if (offset | length) & mask or length > _TURN_PAGES << shift:
                 self._counters["nbd_read"] += 1
                 if (

@@ -15,6 +15,8 @@ from vswap.tiers.record import U8, U64
 from vswap.wire.errors import NBD_ERRNO, VswapError
 
 _STORE_PAGES = 256
+_EDIT_TASKS = 32
+"""Tasks that edit the pages of one batch. Pages of slower tiers are fetched by so many at once."""
 
 
 class Writes:
@@ -44,8 +46,12 @@ class Writes:
             self._cut(write, offset, data, whole, parts)
         while whole:
             self._store_whole(whole)
-        for slot, edits in parts.items():
-            self._spawn(self._edit(slot, edits), sum(len(data) for _, _, data in edits))
+        slots = list(parts)
+        step = -(-len(slots) // _EDIT_TASKS)
+        for start in range(0, len(slots), max(step, 1)):
+            some = {slot: parts[slot] for slot in slots[start : start + step]}
+            cost = sum(len(data) for edits in some.values() for _, _, data in edits)
+            self._spawn(self._edit(some), cost)
 
     def _cut(
         self, write: Write, offset: int, data: memoryview,
@@ -120,13 +126,15 @@ class Writes:
             _failed(taken[0][0], error)
         self._answers.stored([write for write, _ in taken])
 
-    async def _edit(self, slot: int, edits: list[tuple[Write, int, bytes]]) -> None:
-        try:
-            await self._device.edit(slot, [(start, data) for _, start, data in edits])
-        except VswapError as error:
-            for write, _, _ in edits:
-                _failed(write, error)
-        self._answers.stored([write for write, _, _ in edits])
+    async def _edit(self, parts: dict[int, list[tuple[Write, int, bytes]]]) -> None:
+        """Edits pages, one after the other."""
+        for slot, edits in parts.items():
+            try:
+                await self._device.edit(slot, [(start, data) for _, start, data in edits])
+            except VswapError as error:
+                for write, _, _ in edits:
+                    _failed(write, error)
+            self._answers.stored([write for write, _, _ in edits])
 
 
 def _failed(write: Write, error: VswapError) -> None:
