@@ -192,9 +192,9 @@ def measure(rounds: int, seconds: float) -> tuple[dict[Key, Figures], tuple[floa
 
 
 _HELD_BACK = {
-    ("read", "4k"): "about 45 numpy calls a batch, whatever its length; then xxh3 and sendmsg",
+    ("read", "4k"): "about 35 numpy calls a batch, whatever its length; then xxh3 and sendmsg",
     ("read", "128k"): "a view, a hash and an iovec for each of 32 pages; nbdkit sends one piece",
-    ("write", "4k"): "about 90 numpy calls a batch of about 20: entry, books, header, directory",
+    ("write", "4k"): "about 50 numpy calls a batch of about 20: entry, books, header, directory",
     ("write", "128k"): "32 records a request, and batches end where the socket's buffer does",
 }
 

@@ -55,6 +55,8 @@ from vswap.wire.errors import (
 )
 
 _ZERO_PAGE = memoryview(bytes(MAX_PAGE_BYTES))
+_WARM_EVERY = 4
+"""Of so many batches that are peeked at in RAM one counts as warmth: a sample tells as much."""
 _MAX_TOKENS = 4096
 _REREADS = 2
 _RECLAIM_DEADLINE_S = 10.0
@@ -115,6 +117,7 @@ class Pager:
         self._codecs = codecs
         self._reader = reader
         self._resident = Resident(handles)
+        self._peeks = 0
         self._reaper = reaper
         self._clock = clock
         self._make_room = make_room
@@ -482,11 +485,13 @@ class Pager:
         RAM. None for all others, and for those that fail their check: :meth:`read` tells.
 
         Some are views of the RAM tier, good until the caller gives way to the event loop. Decodes
-        on the event loop, so ask for few: 32 compressed pages take about 0.15 ms.
+        on the event loop, so ask for few: 32 compressed pages take about 0.15 ms. Slots must be in
+        range.
         """
-        self._check(space, slots)
+        if space.deleted:
+            raise UnknownSpace(f"space {space.name!r} was deleted", space=space.name)
         words = space.table.get(slots)
-        tags = entry.tags(words)
+        tags = words >> entry.TAG_SHIFT
         first = int(tags[0])
         if np.count_nonzero(tags == first) == len(slots):
             return self._peek_tag(first, space, slots, words)
@@ -511,7 +516,9 @@ class Pager:
         tier = None if tag == entry.POISON else self._tiers.by_tag(tag)
         if tier is None or tier.ram is None:
             return [None] * len(slots)
-        space.table.warm(slots)
+        self._peeks += 1
+        if not self._peeks % _WARM_EVERY:
+            space.table.warm(slots)
         self.counters["pages_loaded"] += len(slots)
         return self._resident.pages(tier, space, slots, words)
 

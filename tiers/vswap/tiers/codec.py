@@ -6,6 +6,7 @@ than a sixteenth is kept raw, and marked, so that nobody tries again.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,15 +101,13 @@ def decode_many(ids: Sequence[int], encoded: Sequence[Buffer], page_bytes: int) 
     checksum: the page's size is known, and the record has a checksum over its encoded bytes.
     """
     decompress = _decompressor()
-    # A frame that states its size makes the library allocate that much, whatever we bound it to.
-    if any(i == ZSTD and len(data) > 4 and data[4] & 0xE0
-           for i, data in zip(ids, encoded, strict=True)):  # fmt: skip
-        raise PageCorrupt("a page does not decode: not a frame of ours")
     try:
         pages: list[Buffer]
-        if all(i == ZSTD for i in ids):
+        if ids.count(ZSTD) == len(ids):
+            _check_frames(encoded)
             pages = [decompress(data, page_bytes) for data in encoded]
         else:
+            _check_frames([data for i, data in zip(ids, encoded, strict=True) if i == ZSTD])
             pages = [
                 decompress(data, page_bytes) if i == ZSTD
                 else lz4.block.decompress(data, uncompressed_size=page_bytes) if i == LZ4
@@ -117,9 +116,21 @@ def decode_many(ids: Sequence[int], encoded: Sequence[Buffer], page_bytes: int) 
             ]  # fmt: skip
     except (zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
         raise PageCorrupt(f"a page does not decode: {error}") from error
-    if any(len(page) != page_bytes for page in pages) or any(i > LZ4 for i in ids):
+    if set(map(len, pages)) - {page_bytes} or (ids and max(ids) > LZ4):
         raise PageCorrupt(f"a page decodes to another size than {page_bytes} bytes")
     return pages
+
+
+_DESCRIPTOR = operator.itemgetter(4)
+"""Of a zstd frame, the byte that says which fields its header has."""
+
+
+def _check_frames(frames: Sequence[Buffer]) -> None:
+    """Raises PageCorrupt for a frame that states its size: the library would allocate that much,
+    whatever we bound it to."""
+    whole = [data for data in frames if len(data) > 4]
+    if whole and max(map(_DESCRIPTOR, whole)) >= 0x20:
+        raise PageCorrupt("a page does not decode: not a frame of ours")
 
 
 def decode(codec_id: int, encoded: Buffer, page_bytes: int) -> bytes:

@@ -64,7 +64,8 @@ def mix(x: U64) -> U64:
 def identity(space: U32 | int, slot: U32 | U64, meta: U64 | int) -> U64:
     """What ties a checksum to a slot of a space and to one store of it.
 
-    For a given ``meta`` no two slots have the same, and for a slot no two ``meta``.
+    For a given ``meta`` no two slots have the same, and for a slot no two ``meta``: each step can
+    be undone. It is on the path of every page that is read or stored, so the steps are few.
     """
     if isinstance(space, int):
         key = slot + np.uint64(space << 32)
@@ -72,7 +73,9 @@ def identity(space: U32 | int, slot: U32 | U64, meta: U64 | int) -> U64:
         key = (space.astype(np.uint64) << _S32) | slot
     key *= _K1
     key ^= np.uint64(meta) if isinstance(meta, int) else meta
-    return mix(key)
+    key ^= key >> _S32
+    key *= _C1
+    return key
 
 
 def salt(shard_key: int, serial: int) -> np.uint64:
