@@ -44,7 +44,11 @@ class Journal:
             raise Refused(f"{self.name} is being attached or detached by another command") from (
                 error
             )
-        self.steps = self._read()
+        try:
+            self.steps = self._read()
+        except BaseException:
+            os.close(self._fd)
+            raise
         return self
 
     def __exit__(
