@@ -8,10 +8,12 @@ happens.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -43,10 +45,23 @@ class Cluster:
     """A coordinator, a node with little RAM, two Redis servers and a directory of objects."""
 
     def __init__(self, root: Path) -> None:
-        self.redis = {name: EmbeddedRedis(maxmemory_bytes=200 * MIB).start() for name in "ab"}
+        self._close = ExitStack()
+        try:
+            self._start(root)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, root: Path) -> None:
+        self.redis = {
+            name: self._close.enter_context(EmbeddedRedis(maxmemory_bytes=200 * MIB))
+            for name in "ab"
+        }
         listen = f"127.0.0.1:{free_port()}"
-        self.coordinator = Daemon("coordinator", root / "coordinator", "--listen", listen).start()
-        self.operator = Operator(listen)
+        self.coordinator = self._close.enter_context(
+            Daemon("coordinator", root / "coordinator", "--listen", listen)
+        )
+        self.operator = self._close.enter_context(Operator(listen))
         self.address = listen
         # red-a is small, so that pages lie in the next tier as well.
         for rank, (name, url, mib) in enumerate(
@@ -63,24 +78,21 @@ class Cluster:
         )
         # Short: the path of a unix socket has its limit.
         self.state = Path(f"/dev/shm/vswap-swap-test-{os.getpid()}")
-        self.node = Daemon(
-            "node", self.state, "--name", "n1", "--config", str(config),
-            "--coordinator", listen, "--swap-safe",
-        ).start()  # fmt: skip
-        self.client = Client(self.node.address)
+        self._close.callback(shutil.rmtree, self.state, ignore_errors=True)
+        self._close.callback(self.state.with_suffix(".log").unlink, missing_ok=True)
+        self.node = self._close.enter_context(
+            Daemon(
+                "node", self.state, "--name", "n1", "--config", str(config),
+                "--coordinator", listen, "--swap-safe",
+            )
+        )  # fmt: skip
+        self.client = self._close.enter_context(Client(self.node.address))
 
     def tier_pages(self) -> dict[str, int]:
         return {usage.tier: usage.pages for usage in self.client.status().tiers}
 
     def close(self) -> None:
-        self.client.close()
-        self.operator.close()
-        for daemon in (self.node, self.coordinator):
-            if daemon.process is not None and daemon.process.poll() is None:
-                daemon.kill()
-        for server in self.redis.values():
-            server.stop()
-        subprocess.run(["rm", "-rf", str(self.state)], check=True)
+        self._close.close()
 
 
 @pytest.fixture
