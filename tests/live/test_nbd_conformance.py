@@ -53,7 +53,8 @@ def test_fio_finds_what_it_wrote(node: NbdNode, where: str) -> None:
         # Half of the buffer is random: some of it compresses, none of it away.
         out = run(
             "fio", f"--name={name}", "--ioengine=nbd", f"--uri={getattr(node, where)}",
-            "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=0", f"--size={32 * MIB}",
+            "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=0",
+            "--verify_state_save=0", f"--size={32 * MIB}",
             "--buffer_compress_percentage=50", "--refill_buffers", "--output-format=json",
             *(f"--{option}" for option in job.split()),
         )  # fmt: skip
