@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ci swap-test guest-test nbd-conformance lint types proto bench bench-nbd up load down clean
+.PHONY: help demo test sim chaos ci mutants swap-test upgrade-test guest-test nbd-conformance lint types proto bench bench-nbd up load down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,11 +23,23 @@ demo: $(STAMP) ## run a whole cluster on this machine (ARGS="--seconds 10 --json
 test: lint types ## lint, types and every test that needs nothing but pip (ARGS="-k name")
 	$(BIN)/pytest -m "not live" $(ARGS)
 
+sim: $(STAMP) ## simulate SEEDS=1000 fault schedules on a virtual clock; SEED=n replays one (ARGS="--mutant NAME")
+	PYTHONPATH=tests $(BIN)/python -m sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000)) $(ARGS)
+
+chaos: $(STAMP) ## ROUNDS=20 of killing a VICTIM=node|coordinator|redis under load, a kernel swapping (SEED=n, ARGS="--swap no")
+	PYTHONPATH=tests $(BIN)/python -m chaos --rounds $(or $(ROUNDS),20) --victim $(or $(VICTIM),node) --seed $(or $(SEED),0) $(ARGS)
+
+mutants: $(STAMP) ## take the handling of every failure out, and see that its test notices (ARGS="NAME ...")
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
+
 ci: test ## `make test` plus what needs root or Debian packages
 	deploy/ci.sh
 
 swap-test: $(STAMP) ## a real kernel swaps on vswap (root, Debian)
 	deploy/live.sh tests/live/test_swap.py
+
+upgrade-test: $(STAMP) ## a newer build takes over a node that a kernel swaps on (root, Debian)
+	deploy/live.sh tests/live/test_swap.py::test_a_newer_build_takes_over -s
 
 guest-test: $(STAMP) ## a guest kernel under QEMU swaps on vswap (root, Debian)
 	deploy/live.sh tests/live/test_guest.py

@@ -14,30 +14,28 @@ BATCH = 2048
 
 
 def footprint(directory: Path) -> int:
-    """Proportional set size of the process, plus shared-memory blocks that it does not count.
+    """Private memory of the process, plus what its state files hold, mapped or not.
 
-    Mapped state files are taken out of the one and counted whole in the other.
+    Not its proportional share of libraries: that changes with who else runs.
     """
-    total = mapped = 0
+    total = 0
     inside = False
     with open("/proc/self/smaps") as smaps:
         for line in smaps:
             first = line.split(" ", 1)[0]
-            if first == "Pss:":
-                value = int(line.split()[1]) * 1024
-                total += value
-                mapped += value if inside else 0
+            if first in ("Private_Clean:", "Private_Dirty:") and not inside:
+                total += int(line.split()[1]) * 1024
             elif not first.endswith(":"):
                 inside = str(directory) in line
     blocks = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
-    return total - mapped + blocks
+    return total + blocks
 
 
 async def run(fills: int = 10_000_000, real: int = 1_000_000) -> list[Result]:
     async with open_shard(ram_tier("ram", 2048, "zstd:1")) as shard:
         directory = shard._directory
-        fill_slope = await _slope(shard, shard.spaces.create("fill"), directory, fills, _fill)
-        real_slope = await _slope(shard, shard.spaces.create("real"), directory, real, _real)
+        fill_slope = await _slope(shard, shard.spaces.create("fill"), directory, fills, fill)
+        real_slope = await _slope(shard, shard.spaces.create("real"), directory, real, compressible)
         before = footprint(directory)
         empty = shard.spaces.create("empty", max_slots=1 << 32)
         created = footprint(directory) - before
@@ -54,7 +52,7 @@ async def run(fills: int = 10_000_000, real: int = 1_000_000) -> list[Result]:
     ]  # fmt: skip
 
 
-def _fill(slots: np.ndarray) -> np.ndarray:
+def fill(slots: np.ndarray) -> np.ndarray:
     words = np.repeat((slots % 1_000_003).astype(np.uint32), 1024)
     return words.view(np.uint8).reshape(-1, 4096)
 
@@ -62,7 +60,7 @@ def _fill(slots: np.ndarray) -> np.ndarray:
 _NOISE = np.random.default_rng(1).integers(0, 256, (4096, 700), np.uint8)
 
 
-def _real(slots: np.ndarray) -> np.ndarray:
+def compressible(slots: np.ndarray) -> np.ndarray:
     pages = np.zeros((len(slots), 4096), np.uint8)
     pages[:, :700] = _NOISE[slots % 4096]
     pages[:, :8] = slots.view(np.uint8).reshape(-1, 8)

@@ -112,6 +112,9 @@ class DictNode:
             name="dict", version="0", coordinator="alone", pages=len(self.pages), tiers=[usage]
         )
 
+    def set_fault(self, request: node_pb2.SetFaultRequest) -> node_pb2.SetFaultReply:
+        raise errors.Refused("not for tests")
+
     def leave(self, request: node_pb2.LeaveRequest) -> node_pb2.LeaveReply:
         if self.pages:
             raise errors.Refused("pages are left", pages=len(self.pages))
@@ -163,12 +166,14 @@ def _slots(data: bytes) -> list[int]:
     return [int(slot) for slot in np.frombuffer(data, "<u8")]
 
 
-class _Servicer:
-    """Gives the generated code its method names."""
+class _Servicer(node_pb2_grpc.PagesServicer, node_pb2_grpc.NodeAdminServicer):
+    """Gives the generated code its method names. Streams are not served."""
 
     def __init__(self, node: DictNode) -> None:
         for service in ("Pages", "NodeAdmin"):
             for method in node_pb2.DESCRIPTOR.services_by_name[service].methods:
+                if method.server_streaming:
+                    continue
                 name = re.sub("(?<!^)(?=[A-Z])", "_", method.name).lower()
                 setattr(self, method.name, node.serve(getattr(node, name)))
 

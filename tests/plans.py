@@ -100,9 +100,8 @@ class World:
         return self.step(Tick(f"spare{self._ids}"))
 
     def add_tier(self, name: str, capacity: int = 100 * MIB, rank: int = 10, **more: Any) -> None:
-        spec = TierSpec(
-            name=name, url=f"redis://{name}", capacity_bytes=capacity, rank=rank, **more
-        )
+        url = "" if "urls" in more else f"redis://{name}"
+        spec = TierSpec(name=name, url=url, capacity_bytes=capacity, rank=rank, **more)
         self.step(AddTier(spec))
         self.asked.clear()
 
@@ -156,6 +155,8 @@ class Node:
         self.deleting: dict[str, int] = {}
         self.errors: dict[str, str] = {}
         """Why tiers are not available to it."""
+        self.redundant: dict[str, dict[str, Any]] = {}
+        """tier -> what it tells of degraded segments and servers."""
         self.local = local
         self.ages: list[tuple[str, int, int]] = []
         self.directives: dict[str, coordinator_pb2.Directive] = {}
@@ -314,6 +315,7 @@ class Node:
                     state=common_pb2.TIER_STATE_ACTIVE,
                     available=name not in self.errors,
                     error=self.errors.get(name, ""),
+                    **self.redundant.get(name, {}),
                 )
             )
         return usages

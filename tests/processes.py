@@ -18,7 +18,7 @@ class Daemon:
         self.kind = kind
         self.state = state
         self._flags = flags
-        self._environ = {**os.environ, **(environ or {})}
+        self.environ = {**os.environ, **(environ or {})}
         self.log = state.with_suffix(".log")
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -30,7 +30,7 @@ class Daemon:
             command += ["--listen", "127.0.0.1:0"]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self._environ
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environ
             )
         return self
 

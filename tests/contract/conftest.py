@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import queue
+import random
 import socket
 import ssl
 import subprocess
@@ -30,6 +31,7 @@ from vswap.tiers.ram import RamBackend
 from vswap.tiers.region import Region
 from vswap.tiers.spec import TierSpec
 from vswap.tiers.wrappers.faulty import FaultPlan, Faulty
+from vswap.tiers.wrappers.guarded import Guarded
 from vswap.tiers.wrappers.metered import Metered
 
 MIB = 2**20
@@ -39,6 +41,13 @@ MIB = 2**20
 def redis_server() -> Iterator[EmbeddedRedis]:
     with EmbeddedRedis(maxmemory_bytes=256 * MIB) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis_servers() -> Iterator[list[EmbeddedRedis]]:
+    """As many as the widest redundancy here needs."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(EmbeddedRedis(maxmemory_bytes=64 * MIB)) for _ in range(6)]
 
 
 @dataclass
@@ -121,7 +130,10 @@ def make_bucket(endpoint: str) -> str:
 
 MAKERS = (
     "ram", "redis", "redis+unix", "rediss", "file", "memory", "s3", "metered", "faulty",
+    "mirror", "rs", "rs of files",
+    "guarded",
 )  # fmt: skip
+REDUNDANCY = {"mirror": ("mirror:2", 2), "rs": ("rs:4+2", 6)}
 
 
 @pytest.fixture
@@ -148,6 +160,17 @@ def spec_for(
     return make
 
 
+def redundant(kind: str, servers: list[EmbeddedRedis], tmp_path: Path) -> TierSpec:
+    """Over Redis servers, or over directories where there are none."""
+    redundancy, count = REDUNDANCY[kind.split()[0]]
+    urls = [server.url for server in servers[:count]] or [
+        f"file://{tmp_path}/server-{i}" for i in range(count)
+    ]
+    return TierSpec(
+        name="t", urls=tuple(urls), redundancy=redundancy, capacity_bytes=64 * MIB, timeout_s=10
+    )
+
+
 @pytest.fixture(params=MAKERS)
 async def backend(
     request: pytest.FixtureRequest, spec_for: Callable[[str], TierSpec], tmp_path: Path
@@ -160,6 +183,12 @@ async def backend(
         made = Metered(make_backend(spec_for("file")))
     elif kind == "faulty":
         made = Faulty(make_backend(spec_for("file")), FaultPlan(seed=1, delay=0.2, delay_ms=1))
+    elif kind.split()[0] in REDUNDANCY:
+        files = kind.endswith("files")
+        servers = [] if files else request.getfixturevalue("redis_servers")
+        made = make_backend(redundant(kind, servers, tmp_path))
+    elif kind == "guarded":
+        made = Guarded(make_backend(spec_for("file")), time.monotonic, random.Random(1))
     else:
         made = make_backend(spec_for(kind))
     await made.open()

@@ -255,6 +255,22 @@ async def test_what_a_killed_writer_left_is_removed_once_it_is_old(
     assert (old.exists(), new.exists(), segment.exists()) == (False, True, True)
 
 
+async def test_what_a_killed_writer_left_goes_with_its_segment(
+    tmp_path: Path, spec_for: Callable[[str], TierSpec]
+) -> None:
+    shard = uuid4()
+    killed, other = (SegmentName(uuid4(), shard, serial) for serial in (1, 2))
+    backend = make_backend(spec_for("file"))
+    await backend.open()
+    left = [tmp_path / "objects" / f"{name.key}-1234abcd.part" for name in (killed, other)]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    await backend.delete([killed])
+    await backend.close()
+    assert [path.exists() for path in left] == [False, True]
+
+
 async def test_a_directory_that_vanishes_or_is_closed(
     tmp_path: Path, spec_for: Callable[[str], TierSpec]
 ) -> None:
@@ -422,3 +438,18 @@ def test_no_server_to_embed_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Refused, match="pip install"):
         EmbeddedRedis().start()
+
+
+async def test_another_life_of_a_redis_has_another_name() -> None:
+    with EmbeddedRedis(port=free_port()) as server:
+        backend = make_backend(spec(server.url))
+        await backend.open()
+        life = await backend.life()
+        assert life
+        assert await backend.life() == life
+        server.kill()
+        with pytest.raises(TierUnavailable):
+            await backend.life()
+        server.start()
+        assert await backend.life() not in ("", life)
+        await backend.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from nbd_node import MIB, NbdNode, run
+from swapping import build
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
@@ -47,7 +48,7 @@ def initramfs(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in MODULES:
         [path] = (kernel / "lib/modules").rglob(f"{module}.ko")
         shutil.copy(path, root / "modules")
-    run("gcc", "-O2", "-static", "-o", root / "hog", HERE / "hog.c")
+    build(root, "-static")
     packed = root.parent / "initramfs"
     names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
     with open(packed, "wb") as file:

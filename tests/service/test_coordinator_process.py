@@ -236,7 +236,7 @@ def test_starts_that_must_fail_say_why_in_one_line(process: Process) -> None:
     (process.state / "state.sqlite").write_bytes(b"\0" * 5000)
     code, line = process.fails("--listen", "127.0.0.1:0")
     assert code == 3
-    assert "move it away" in line
+    assert "move its directory away" in line
     config = process.directory / "c.toml"
     config.write_text("[balance]\nenabld = true\n")
     code, line = process.fails("--config", str(config))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -105,6 +107,103 @@ async def test_a_disk_keeps_what_is_written(kind: str, structured: bool, tmp_pat
         await client(address, work, structured=structured)
         if kind == "spilling":
             assert sum(usage.pages > 0 for usage in shard.usage()) == 3
+
+
+@pytest.mark.parametrize("mib", [32, 3], ids=["roomy", "tight"])
+async def test_long_writes_in_a_stream_however_it_is_cut(mib: int, tmp_path: Path) -> None:
+    """Long writes that follow each other, with others between, in pieces of any size: they are
+    received where they will lie, and what does not fit there finds its way all the same."""
+    rng = random.Random(mib)
+    model = bytearray(SIZE)
+    stream = bytearray()
+    reads: dict[int, tuple[int, int]] = {}
+    expected: dict[int, bytes] = {}
+    length = 0
+    for cookie in range(1, 240):
+        if rng.random() < 0.5 or not length:
+            length = rng.choice([4096, 32768, 131072, 131072, 262144, 5000, 131072 + 512])
+        offset = rng.randrange(SIZE - length) & ~(4095 if rng.random() < 0.9 else 511)
+        if rng.random() < 0.15:
+            stream += struct.pack(">IHHQQI", nbd.REQUEST, 0, nbd.FLUSH, cookie, 0, 0)
+            continue
+        data = rng.randbytes(length)
+        if rng.random() < 0.2:
+            # A fill page in the middle is not stored as it is.
+            at = rng.randrange(length // 4096) * 4096
+            data = data[:at] + b"\5" * 4096 + data[at + 4096 :]
+        # Writes under way at once may end in either order where they overlap.
+        if any(o < offset + length and offset < o + n for o, n in reads.values()):
+            continue
+        reads[cookie] = offset, length
+        expected[cookie] = data[:length]
+        model[offset : offset + length] = data[:length]
+        stream += struct.pack(">IHHQQI", nbd.REQUEST, 0, nbd.WRITE, cookie, offset, length)
+        stream += data[:length]
+
+    def work(disk: Nbd) -> None:
+        answers: dict[int, nbd.Answer] = {}
+        count = stream.count(struct.pack(">I", nbd.REQUEST))
+        taker = threading.Thread(target=lambda: answers.update(disk.replies(count)))
+        taker.start()
+        position = 0
+        while position < len(stream):
+            step = rng.choice([1, 27, 28, 29, 4095, 4124, 65536, 300_000, 300_000])
+            disk.sock.sendall(stream[position : position + step])
+            position += step
+        taker.join(30)
+        assert [a.error for a in answers.values()] == [0] * count
+        for offset in range(0, SIZE, 1 << 20):
+            assert disk.read(offset, 1 << 20) == model[offset : offset + (1 << 20)]
+
+    tiers = (ram(mib=mib), objects(tmp_path / "objects"))
+    async with serve(tmp_path, *tiers) as (shard, _, address):
+        await client(address, work)
+        assert not shard.pager.counters["corrupt_pages"]
+
+
+async def test_of_two_long_writes_of_a_page_at_once_one_counts(tmp_path: Path) -> None:
+    rng = random.Random(8)
+    writes = [(at << 12, rng.randbytes(131072)) for at in (0, 32, 16, 16, 0, 64, 40)]
+
+    def work(disk: Nbd) -> None:
+        stream = b""
+        for cookie, (offset, data) in enumerate(writes):
+            stream += struct.pack(">IHHQQI", nbd.REQUEST, 0, nbd.WRITE, cookie, offset, len(data))
+            stream += data
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(disk.replies, len(writes))
+            disk.sock.sendall(stream)
+        assert [answer.error for answer in answers.result().values()] == [0] * len(writes)
+        found = disk.read(0, 96 << 12)
+        for slot in range(96):
+            page = found[slot << 12 : (slot + 1) << 12]
+            assert page in [
+                data[(slot << 12) - offset :][:4096]
+                for offset, data in writes if 0 <= (slot << 12) - offset < 131072
+            ]  # fmt: skip
+
+    async with serve(tmp_path, ram(mib=32)) as (shard, _, address):
+        await client(address, work)
+        assert not shard.pager.counters["corrupt_pages"]
+
+
+async def test_a_client_that_vanishes_in_a_long_write_leaves_what_was_there(
+    tmp_path: Path,
+) -> None:
+    old, new = random.Random(1).randbytes(1 << 20), random.Random(2).randbytes(1 << 20)
+
+    def work(disk: Nbd) -> None:
+        disk.write(0, old)
+        head = struct.pack(">IHHQQI", nbd.REQUEST, 0, nbd.WRITE, 99, 0, len(new))
+        disk.sock.sendall(head + new[: 500_000 + 77])
+        disk.sock.shutdown(socket.SHUT_RDWR)
+
+    async with serve(tmp_path) as (_, _, address):
+        await client(address, work)
+        # Never acknowledged: each page is the old one or the new one, whole.
+        found = await client(address, lambda disk: disk.read(0, 1 << 20))
+        for at in range(0, 1 << 20, 4096):
+            assert found[at : at + 4096] in (old[at : at + 4096], new[at : at + 4096])
 
 
 async def test_many_requests_in_flight_and_two_connections(tmp_path: Path) -> None:

@@ -45,7 +45,12 @@ def test_flags_win_over_variables_over_the_file(tmp_path: Path) -> None:
         ("lease_s = 0", {}, {}, "c.toml: lease_s"),
         ("[compaction]\nbelow = 1", {}, {}, "c.toml: compaction.below: unknown key"),
         ("[compaction]\nbelow_utilisation = 2.0", {}, {}, "compaction.below_utilisation"),
-        ("[[tiers]]\nname = 'a'", {}, {}, "c.toml: tiers[0].url"),
+        (
+            "[[tiers]]\nname = 'a'",
+            {},
+            {},
+            "c.toml: tiers[0]: a tier without redundancy has one url",
+        ),
         ("[[tiers]]\nname = 'a'\nurl = 'ram://'", {}, {}, "cannot be shared"),
         ("x =", {}, {}, "not valid TOML"),
         ("", {"VSWAP_COORDINATOR_LEASE_S": "soon"}, {}, "VSWAP_COORDINATOR_LEASE_S"),

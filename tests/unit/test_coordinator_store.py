@@ -111,6 +111,27 @@ def test_what_is_damaged_or_foreign_is_refused_and_left_alone(path: Path, damage
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("left", [None, b""])
+def test_a_file_that_is_gone_begins_no_other_cluster(path: Path, left: bytes | None) -> None:
+    """Its nodes would not join that, and nothing would say why they are missing."""
+    store = Store.open(path, CLUSTER)
+    store.close()
+    kept = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    with pytest.raises(StateInvalid, match="missing or empty; restore it") as caught:
+        Store.open(path, str(uuid4()))
+    assert str(path) in str(caught.value)
+    path.write_bytes(kept)
+    assert Store.open(path, str(uuid4())).load().cluster == CLUSTER
+
+
+def test_a_first_start_that_was_killed_begins_again(path: Path) -> None:
+    path.write_bytes(b"")
+    assert Store.open(path, CLUSTER).load().cluster == CLUSTER
+
+
 def test_a_directory_that_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateInvalid, match="cannot open"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -50,3 +51,31 @@ def test_failure_without_detail_is_never_taken_for_nothing_happened() -> None:
         Failed((grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses", ())), "here"
     )
     assert isinstance(refused, errors.Unreachable)
+
+
+async def test_a_server_that_is_too_busy_is_asked_again() -> None:
+    """With gRPC's own words: what it refuses never began."""
+    begun, over = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: bytes, context: Any) -> bytes:
+        begun.set()
+        await over.wait()
+        return request
+
+    server = grpc.aio.server(maximum_concurrent_rpcs=1)
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Wait": grpc.unary_unary_rpc_method_handler(wait)
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("x.Y", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call: Any = channel.unary_unary("/x.Y/Wait")
+        first = asyncio.ensure_future(call(b"1"))
+        await begun.wait()
+        with pytest.raises(grpc.RpcError) as refused:
+            await call(b"2")
+        assert type(rpc.from_rpc_error(refused.value, "here")) is errors.Unreachable
+        over.set()
+        assert await first == b"1"
+    await server.stop(None)

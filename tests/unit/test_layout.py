@@ -52,6 +52,19 @@ def test_imports_point_one_way(path: Path) -> None:
     assert imported(path) <= MAY_IMPORT[portion(path)]
 
 
+def test_who_looks_at_a_clock_that_may_jump() -> None:
+    """What is shown to people, and the age of temporary files that others left."""
+    daemons = ("tiers", "node", "coordinator")
+    found = {
+        path.name
+        for wing in daemons
+        for path in (ROOT / wing / "vswap").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns")
+    }
+    assert found == {"daemon.py", "files.py"}
+
+
 def test_the_namespace_has_no_init() -> None:
     assert not [str(p) for wing in WINGS for p in ROOT.glob(f"{wing}/vswap/__init__.py")]
 

@@ -117,6 +117,62 @@ def test_a_write_arrives_in_pieces_cut_at_pages() -> None:
     assert len(parser.reads) == 1
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_run_is_what_its_requests_are(seed: int) -> None:
+    """However the stream is cut, and whatever stands in the middle of a run."""
+    rng = random.Random(seed)
+    stream, expected = b"", []
+    kinds = [nbd.READ] * 8 + [nbd.WRITE] * 8
+    kind = nbd.READ
+    for cookie in range(600):
+        kind = rng.choice(kinds) if rng.random() < 0.1 else kind
+        offset, length, flags = rng.randrange(SIZE // 4096) * 4096, 4096, 0
+        odd = rng.random()
+        if odd < 0.02:
+            offset, length = offset + 1, 4095
+        elif odd < 0.04:
+            offset = SIZE + rng.randrange(2) * ((1 << 64) - 2 * SIZE)
+        elif odd < 0.06:
+            flags = nbd.FUA
+        elif odd < 0.08:
+            length = min(8192, SIZE - offset)
+        stream += request(kind, offset, length, flags=flags, cookie=(cookie << 40) + 3)
+        data = rng.randbytes(length) if kind == nbd.WRITE else b""
+        stream += data
+        expected.append(((cookie << 40) + 3, kind, offset, data, offset + length <= SIZE))
+    parser, pending = make(), b""
+    told: dict[int, tuple[int, int, bytes, bool]] = {}
+    runs = 0
+    while stream:
+        step = rng.choice([100, 4096, 50_000, 200_000])
+        pending, stream = pending + stream[:step], stream[step:]
+        used = feed(parser, pending)
+        for what, found in ((nbd.READ, parser.runs_read), (nbd.WRITE, parser.runs_written)):
+            for run in found:
+                runs += 1
+                listed = run.requests(4096)
+                assert [offset >> 12 for _, offset in listed] == run.slots.tolist()
+                assert run.offsets.byteswap().tolist() == [offset for _, offset in listed]
+                for (cookie, offset), page in zip(listed, run.pages, strict=True):
+                    told[cookie] = what, offset, page.tobytes(), True
+            found.clear()
+        for cookie, offset, _, _ in parser.reads:
+            told[cookie] = nbd.READ, offset, b"", True
+        for write, offset, view in parser.pieces:
+            _, start, before, _ = told.get(write.cookie, (0, offset, b"", True))
+            told[write.cookie] = nbd.WRITE, start, before + bytes(view), True
+        for cookie, _, _ in parser.errors:
+            told[cookie] = -1, 0, b"", False
+        for said in (parser.reads, parser.pieces, parser.errors):
+            said.clear()
+        pending = pending[used:]
+    assert not pending
+    assert runs > 8
+    for cookie, what, offset, data, fine in expected:
+        assert told.pop(cookie) == ((what, offset, data, True) if fine else (-1, 0, b"", False))
+    assert not told
+
+
 def test_wrong_magic_ends_it() -> None:
     with pytest.raises(ProtocolError):
         feed(make(), bytes(28))
@@ -182,7 +238,8 @@ def test_a_million_streams_of_garbage() -> None:
         parser = make()
         first = rng.choice(requests)
         payload = bytes(int.from_bytes(first[-4:], "big")) if first[7] == nbd.WRITE else b""
-        data = _mutate(rng, first + payload + rng.choice(requests))
+        again = rng.choice((0, 0, 5))  # a run
+        data = _mutate(rng, (first + payload) * again + first + payload + rng.choice(requests))
         try:
             used = parser.feed(memoryview(data))
         except ProtocolError:
@@ -191,6 +248,8 @@ def test_a_million_streams_of_garbage() -> None:
         for _, offset, length, _ in parser.reads:
             assert length > 0
             assert offset + length <= SIZE
+        for run in parser.runs_read + parser.runs_written:
+            assert (run.slots < SIZE // 4096).all()
         for write, offset, view in parser.pieces:
             assert offset + len(view) + write.left <= SIZE
         for _, error, _ in parser.errors:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
 from shards import MIB, objects, open_shard, page, pages, ram, slots
 
+from vswap.node.seams import Seams
 from vswap.node.spaces import Limits
+from vswap.node.tier import TierState
+from vswap.tiers.backend import Backend
+from vswap.tiers.factory import make_backend
+from vswap.tiers.spec import TierSpec
+from vswap.tiers.wrappers.faulty import FaultPlan, Faulty
 from vswap.wire.errors import (
     AlreadyExists,
     InvalidRequest,
@@ -71,6 +78,44 @@ async def test_errors_name_the_slots_and_change_nothing(tmp_path: Path) -> None:
         assert missing.value.fields["slots"] == [2, 3]
         assert (await shard.pager.load(space, slots(1)) == pages(slots(1), 1)).all()
         assert await shard.pager.free(space, slots(2, 3)) == 0
+
+
+async def test_a_write_that_was_not_kept_goes_to_another_tier(tmp_path: Path) -> None:
+    def make(spec: TierSpec) -> Backend:
+        return Faulty(make_backend(spec), FaultPlan(torn=1 if spec.name == "liar" else 0))
+
+    liar = objects(tmp_path / "a", "liar", rank=1, verify_writes=True)
+    honest = objects(tmp_path / "b", "honest", rank=2)
+    async with open_shard(tmp_path / "s", liar, honest, seams=Seams(make_backend=make)) as shard:
+        space = shard.spaces.create("s")
+        await shard.pager.store(space, slots(1, 2), pages(slots(1, 2), 1))
+        assert (await shard.pager.load(space, slots(1, 2)) == pages(slots(1, 2), 1)).all()
+        assert not shard.tiers.get("liar").writable
+
+
+async def test_a_grant_that_is_a_little_too_small_is_raised(tmp_path: Path) -> None:
+    """There is room for the records, not for the segment with its padding: that must be asked for,
+    and not be tried again and again."""
+    urls = tuple(f"file://{tmp_path}/{place}" for place in range(3))
+    spec = TierSpec(
+        name="coded", urls=urls, redundancy="rs:2+1", codec="none", capacity_bytes=64 * MIB
+    )
+    async with open_shard(tmp_path / "s") as shard:
+        await shard.join(UUID(int=7))
+        await shard.configure(1, [(spec, TierState.ACTIVE)])
+        tier = shard.tiers.get("coded")
+        tier.limit_bytes = tier.reserve_bytes + 16_500
+        loop = asyncio.get_running_loop()
+
+        def ask(name: str, total_bytes: int) -> None:
+            loop.call_soon(shard.set_grant, name, total_bytes)
+
+        shard.connect_grants(ask)
+        space = shard.spaces.create("s")
+        where = slots(1, 2, 3)
+        content = np.random.default_rng(0).integers(0, 256, (3, 4096), np.uint8)
+        await shard.pager.store(space, where, content)
+        assert (await shard.pager.load(space, where) == content).all()
 
 
 async def test_the_last_of_duplicates_wins(tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def test_a_segment_under_a_wrong_name_is_refused(other: SegmentName) -> None:
         segment.parse(built.data.tobytes(), other)
 
 
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**60 - 1))
+def test_one_salt_is_as_many(key: int, serial: int) -> None:
+    assert record.salt(key, serial) == record.salts(key, np.array([serial], np.uint64))[0]
+
+
 def test_another_version_is_refused() -> None:
     data = segment.build([make_records([100])], NAME).data.copy()
     data[len(data) - segment.TRAILER_BYTES + 8] = segment.VERSION + 1

@@ -35,6 +35,19 @@ def spec(**fields: object) -> TierSpec:
         ({"high": 0.5, "low": 0.5}, r"low \(0.5\) must be below high \(0.5\)"),
         ({"timeout_s": 0}, "timeout_s"),
         ({"colour": "red"}, "colour"),
+        ({"url": ""}, "one url"),
+        ({"urls": ["redis://a"]}, "one url"),
+        ({"redundancy": "mirror:2", "url": "", "urls": ["", "file:///a"]}, "empty"),
+        ({"redundancy": "raid"}, "not none, mirror:N or rs:K"),
+        ({"redundancy": "mirror:1"}, "mirror:N needs N of 2"),
+        ({"redundancy": "rs:1+1"}, "K of 2"),
+        ({"redundancy": "rs:4+0"}, "M of 1"),
+        ({"redundancy": "rs:14+2"}, "more than 15 servers"),
+        ({"redundancy": "mirror:2"}, "needs 2 servers in urls"),
+        ({"redundancy": "mirror:2", "url": "", "urls": ["redis://a"]}, "2 servers in urls, not 1"),
+        ({"redundancy": "mirror:2", "url": "", "urls": ["redis://a"] * 2}, "names a server twice"),
+        ({"redundancy": "mirror:2", "url": "", "urls": ["redis://a", "ftp://b"]}, "scheme 'ftp'"),
+        ({"redundancy": "mirror:2", "url": "", "urls": ["redis://a", "ram://"]}, "no redundancy"),
     ],
 )
 def test_nonsense_is_refused_by_name(fields: dict[str, object], word: str) -> None:
@@ -56,6 +69,7 @@ def test_travels_unchanged() -> None:
             codec="zstd:-5", capacity_bytes=1 << 40, high=0.7, low=0.1, assert_noeviction=True,
             verify_writes=True, password_env="P", password_file="/f", timeout_s=0.25,
         ),
+        spec(url="", urls=("redis://a", "redis://b", "file:///c"), redundancy="rs:2+1"),
     ):  # fmt: skip
         assert TierSpec.from_proto(one.to_proto()) == one
 
@@ -63,6 +77,21 @@ def test_travels_unchanged() -> None:
 def test_travels_redacted_where_asked() -> None:
     message = spec(url="redis://u:hunter2@h").to_proto(redact=True)
     assert message.url == "redis://u:***@h"
+    mirror = spec(url="", urls=("redis://u:hunter2@h", "redis://:pw@i"), redundancy="mirror:2")
+    message = mirror.to_proto(redact=True)
+    assert list(message.urls) == ["redis://u:***@h", "redis://:***@i"]
+    assert mirror.safe_url == "redis://u:***@h redis://:***@i"
+
+
+def test_servers_of_a_redundant_tier() -> None:
+    assert spec().shape == (1, 0)
+    assert not spec().redundant
+    urls = tuple(f"redis://h{i}" for i in range(6))
+    coded = spec(url="", urls=urls, redundancy="rs:4+2", password_env="P")
+    assert coded.shape == (4, 2)
+    assert [member.url for member in coded.members()] == list(urls)
+    assert all(member.password_env == "P" for member in coded.members())
+    assert spec(url="", urls=urls[:3], redundancy="mirror:3").shape == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -88,3 +88,23 @@ def test_a_table_longer_than_said_is_refused(tmp_path: Path) -> None:
     SwapTable(region, "t", 1 << 20, create=True).close()
     with pytest.raises(StateInvalid, match="longer"):
         SwapTable(region, "t", 100, create=False)
+
+
+def test_what_an_earlier_life_left_is_touched_where_memory_is_locked(tmp_path: Path) -> None:
+    """Or it could be swapped out, perhaps to the very node that it belongs to."""
+    old = Region(tmp_path).create("t", 64 << 20)
+    for start in (0, 40 << 20):
+        old.reserve(start, 1 << 20)
+        old.bytes[start : start + (1 << 20)] = 1
+    allocated = old.allocated_bytes
+    old.close()
+    del old
+    again = Region(tmp_path, resident=True).open("t", 64 << 20)
+    in_memory = 0
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(tmp_path / "t")):
+            in_memory += next(int(x.split()[1]) for x in lines if x.startswith("Rss:")) * 1024
+    assert in_memory >= 2 << 20
+    assert again.allocated_bytes == allocated, "a hole was touched"
+    again.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vswap.node.tickets import Tickets
 
 
@@ -14,7 +16,7 @@ def test_the_older_loses_where_the_newer_has_finished() -> None:
     tickets = Tickets()
     tickets.begin(1, [1, 2, 3])
     tickets.begin(1, [2, 3, 4])
-    tickets.flip(1, [2, 3, 4], 20)
+    tickets.flip(1, np.array([2, 3, 4], np.uint64), 20)
     tickets.end(1, [2, 3, 4])
     assert won(tickets, [1, 2, 3], 10) == [True, False, False]
     tickets.end(1, [1, 2, 3])
@@ -25,7 +27,7 @@ def test_the_older_wins_while_the_newer_may_still_fail() -> None:
     tickets.begin(1, [1])
     tickets.begin(1, [1])
     assert won(tickets, [1], 10) == [True]
-    tickets.flip(1, [1], 10)
+    tickets.flip(1, np.array([1], np.uint64), 10)
     tickets.end(1, [1])
     assert won(tickets, [1], 20) == [True]
 
@@ -33,7 +35,7 @@ def test_the_older_wins_while_the_newer_may_still_fail() -> None:
 def test_a_free_in_between_counts_as_newer() -> None:
     tickets = Tickets()
     tickets.begin(1, [5])
-    tickets.flip(1, [5], 11)
+    tickets.flip(1, np.array([5], np.uint64), 11)
     assert won(tickets, [5], 10) == [False]
 
 
@@ -42,7 +44,7 @@ def test_nothing_is_remembered_once_all_are_done() -> None:
     for ticket in range(1, 100):
         slots = list(range(ticket, ticket + 5))
         tickets.begin(1, slots)
-        tickets.flip(1, slots, ticket)
+        tickets.flip(1, np.array(slots, np.uint64), ticket)
         tickets.end(1, slots)
     assert not tickets._open[1]
     assert not tickets._flipped[1]
@@ -51,5 +53,5 @@ def test_nothing_is_remembered_once_all_are_done() -> None:
 def test_spaces_do_not_meet() -> None:
     tickets = Tickets()
     tickets.begin(1, [1])
-    tickets.flip(2, [1], 99)
+    tickets.flip(2, np.array([1], np.uint64), 99)
     assert won(tickets, [1], 10) == [True]

@@ -1,7 +1,8 @@
-"""`vswap drain`, `migrate`, `compact` and `vswap job`: work that moves pages."""
+"""`vswap drain`, `migrate`, `compact`, `repair` and `vswap job`: work that moves pages."""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from vswap.cli import exits, options, output, units, watch
 from vswap.client import Operator
 from vswap.v1 import coordinator_pb2
+from vswap.wire.errors import Refused
 
 app = typer.Typer(help="See, follow and cancel jobs.", no_args_is_help=True)
 
@@ -23,6 +25,11 @@ Detach = Annotated[bool, typer.Option("--detach", help="Start it and return at o
 
 def drain(
     tier: Annotated[str, typer.Argument(help="Tier to empty.")],
+    lost: Annotated[
+        bool,
+        typer.Option("--lost", help="Its server is gone: give up the pages that it cannot give."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, with --lost.")] = False,
     dry_run: DryRun = False,
     rate: options.Rate = None,
     detach: Detach = False,
@@ -33,8 +40,15 @@ def drain(
 
     All pages stay readable and writable. Refused if the other tiers have no room for them.
     Ctrl-C leaves the drain running (exit code 130).
+
+    With --lost, pages that can still be read are moved all the same. The others are lost: loads of
+    them fail, until their slots are stored again or freed.
     """
-    spec = coordinator_pb2.JobSpec(kind="MOVE_KIND_DRAIN", tier=tier, rate_bytes_s=rate or 0)
+    if lost and not (yes or dry_run):
+        _confirm_loss(coordinator, tier)
+    spec = coordinator_pb2.JobSpec(
+        kind="MOVE_KIND_DRAIN", tier=tier, rate_bytes_s=rate or 0, lost=lost
+    )
     _start(coordinator, spec, dry_run, detach, as_json)
 
 
@@ -92,6 +106,22 @@ def compact(
     spec = coordinator_pb2.JobSpec(
         kind="MOVE_KIND_COMPACT", tier=tier, target_utilisation=target, rate_bytes_s=rate or 0
     )
+    _start(coordinator, spec, dry_run, detach, as_json)
+
+
+def repair(
+    tier: Annotated[str, typer.Argument(help="Redundant tier to make whole.")],
+    rate: options.Rate = None,
+    dry_run: DryRun = False,
+    detach: Detach = False,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Write degraded segments of a redundant tier again, to all of its servers that are up.
+
+    The coordinator does so by itself, unless that is switched off.
+    """
+    spec = coordinator_pb2.JobSpec(kind="MOVE_KIND_REPAIR", tier=tier, rate_bytes_s=rate or 0)
     _start(coordinator, spec, dry_run, detach, as_json)
 
 
@@ -161,6 +191,17 @@ def job_table(jobs: list[Job]) -> Table:
     ]
     columns = ("JOB", "WHAT", "STATE", ">MOVED", ">OF", ">LEFT", "STARTED BY", "REASON")
     return output.table(columns, rows)
+
+
+def _confirm_loss(coordinator: str, tier: str) -> None:
+    """Raises Refused unless the operator agrees, on a terminal."""
+    with options.operator(coordinator) as cluster:
+        pages = sum(i.usage.pages for i in cluster.cluster().tiers if i.tier.spec.name == tier)
+    if not sys.stdin.isatty():
+        raise Refused(f"{units.count(pages)} pages in {tier} may be given up: say --yes if so")
+    question = f"Give up those of the {units.count(pages)} pages in {tier} that cannot be read?"
+    if not typer.confirm(question, err=True):
+        raise Refused("nothing was done")
 
 
 def _start(

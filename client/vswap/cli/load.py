@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +79,7 @@ def loadgen(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write results there; -: stdout.")
     ] = None,
+    fault: options.Faults = None,
     coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
 ) -> None:
     """Store, load and free pages, and check every page against what was stored.
@@ -107,7 +111,10 @@ def loadgen(
     bounds = {"pages": _share(ops, processes)} if ops is not None else {"seconds": seconds or 10.0}
     total = Meter()
     failures: list[VswapError] = []
-    with Fleet(processes, addresses, space, spec, base, say) as fleet:
+    with (
+        _misbehaving(addresses, options.fault_plans(fault), say),
+        Fleet(processes, addresses, space, spec, base, say) as fleet,
+    ):
 
         def phase(name: str, **bounds: float | int) -> tuple[Phase, float]:
             begin_s = time.monotonic()
@@ -144,6 +151,35 @@ def loadgen(
         raise typer.Exit(exits.INTEGRITY)
     if total.failed_ops:
         raise typer.Exit(exits.exit_code(failures[0]) if failures else exits.INTERNAL)
+
+
+@contextmanager
+def _misbehaving(
+    addresses: list[str], plans: dict[str, str], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Fault plans on all these nodes, for as long as it lasts; those before come back."""
+    if not plans:
+        yield
+        return
+    undo: list[tuple[str, str, str]] = []
+    # A SIGTERM must take them back as Ctrl-C does.
+    before_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for address in addresses:
+            with Client(address, retry_s=0) as client:
+                for tier, plan in plans.items():
+                    undo.append((address, tier, client.set_fault(tier, plan)))
+        for tier, plan in plans.items():
+            say(f"faults are injected into tier {tier}: {plan}")
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before_term)
+        for address, tier, before in undo:
+            try:
+                with Client(address, retry_s=2) as client:
+                    client.set_fault(tier, before or "off")
+            except VswapError as error:
+                say(f"THE FAULTS OF TIER {tier} AT {address} REMAIN: {error}")
 
 
 class _Ticker:

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from vswap.cli import exits, health, jobs, load, nodes, run, spaces, status, tiers
+from vswap.cli import check, exits, health, jobs, load, nodes, run, spaces, status, tiers
 from vswap.cli.demo import command
 from vswap.cli.device import commands as device
+from vswap.cli.device import execute
 from vswap.wire.errors import VswapError
 
 app = typer.Typer(
@@ -28,13 +29,16 @@ app.add_typer(spaces.app, name="space")
 app.add_typer(jobs.app, name="job")
 app.command("status")(status.status)
 app.command("health")(health.health)
+app.command("check")(check.check)
 app.command("drain")(jobs.drain)
 app.command("activate")(tiers.activate)
 app.command("migrate")(jobs.migrate)
 app.command("compact")(jobs.compact)
+app.command("repair")(jobs.repair)
+app.command("scrub")(nodes.scrub)
 app.command("attach")(device.attach)
 app.command("detach")(device.detach)
-app.command("exec")(device.execute)
+app.command("exec")(execute.execute)
 app.command("loadgen")(load.loadgen)
 app.command("demo")(command.demo)
 

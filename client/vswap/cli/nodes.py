@@ -7,8 +7,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from vswap.cli import options, output, units
-from vswap.v1 import common_pb2
+from vswap.cli import exits, options, output, units
+from vswap.cli.survey import print_told, survey
+from vswap.v1 import common_pb2, node_pb2
+from vswap.wire.errors import PageCorrupt, TierUnavailable
+
+_SHOWN_SLOTS = 20
 
 app = typer.Typer(help="See nodes, retire them, and declare lost ones gone.", no_args_is_help=True)
 
@@ -62,13 +66,85 @@ def show(
     if status.nbd:
         numbers = (f"{number} {name}" for number, name in enumerate(status.places) if name)
         console.print(f"block devices: {', '.join(status.nbd)}; vswap:tier {', '.join(numbers)}")
+    for tier_name, plan in sorted(status.faults.items()):
+        console.print(f"FAULTS ARE INJECTED into tier {tier_name}: {plan}", style="bold red")
     console.print()
     console.print(tier_table(list(status.tiers)))
     output.remarks(f"{tier.tier}: {tier.error}" for tier in status.tiers if tier.error)
+    output.remarks(
+        f"{tier.tier}: {server.url} is down: {server.error}"
+        for tier in status.tiers
+        for server in tier.servers
+        if not server.up
+    )
     counters = [(name, units.count(value)) for name, value in sorted(status.counters.items())]
     if counters:
         console.print()
         console.print(output.table(("COUNTER", ">SINCE START"), counters))
+
+
+@app.command()
+def fault(
+    name: Annotated[str, typer.Argument(metavar="NODE", help="Node, by its name.")],
+    tier: Annotated[str, typer.Argument(metavar="TIER", help="Tier that is to misbehave.")],
+    plan: Annotated[
+        str, typer.Argument(metavar="PLAN|off", help="Such as seed=7,error=0.01,delay_ms=20.")
+    ],
+    node_address: options.NodeAddress = None,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+) -> None:
+    """Make a tier misbehave on this node, for tests; "off" ends it.
+
+    Refused unless the node runs with --allow-faults or --fault.
+    """
+    with options.node_client(coordinator, name, node_address) as client:
+        before = client.set_fault(tier, plan)
+    typer.echo(f"{tier} on {name}: {plan} (before: {before or 'off'})")
+
+
+def scrub(
+    name: Annotated[str | None, typer.Argument(metavar="[NODE]", help="Node, by its name.")] = None,
+    tier: Annotated[str, typer.Option("--tier", help="Only this tier.")] = "",
+    rate: options.Rate = None,
+    every: options.AllNodes = False,
+    node_address: options.NodeAddress = None,
+    coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
+    as_json: options.Json = False,
+) -> None:
+    """Read and verify every page that a node stores. Nodes do so by themselves, slowly.
+
+    Exit code 5 if pages are damaged or lost, 4 if a tier or, with --all, a node did not answer.
+    Ctrl-C ends the pass.
+    """
+    told = survey(
+        options.chosen_nodes(coordinator, name, node_address, every=every),
+        lambda client: client.scrub(tier, rate or 0),
+        lambda seen: f"{units.size(seen.bytes)} verified, {seen.segments_left} to go",
+    )
+    print_told(told, every=every, as_json=as_json, tell=_tell_scrubbed)
+    damaged = sum(seen.damaged_pages for seen in told.values())
+    lost = sum(seen.lost_pages for seen in told.values())
+    if damaged or lost:
+        raise PageCorrupt(
+            f"{units.count(damaged)} pages are damaged and {units.count(lost)} lost; "
+            "loads of them fail until they are stored again"
+        )
+    skipped = [seen for seen in told.values() if seen.skipped]
+    if skipped:
+        count = sum(seen.skipped for seen in skipped)
+        raise TierUnavailable(f"{count} segments could not be read: {skipped[0].error}")
+    if told.errors:
+        raise typer.Exit(exits.UNREACHABLE)
+
+
+def _tell_scrubbed(seen: node_pb2.ScrubProgress) -> None:
+    typer.echo(f"verified {units.size(seen.bytes)} in {units.count(seen.segments)} segments")
+    if seen.bad_parts:
+        typer.echo(f"{seen.bad_parts} parts of redundant segments are bad: to be repaired")
+    for lost in seen.lost:
+        numbers = ", ".join(map(str, lost.slots[:_SHOWN_SLOTS]))
+        more = ", ..." if len(lost.slots) > _SHOWN_SLOTS else ""
+        typer.echo(f"lost in space {lost.space}: slots {numbers}{more}")
 
 
 @app.command()

@@ -51,6 +51,7 @@ NodeAddress = Annotated[
     str | None,
     typer.Option("--node-address", metavar="ADDRESS", help="Node, without a coordinator."),
 ]
+AllNodes = Annotated[bool, typer.Option("--all", help="Every node of the cluster, in turn.")]
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Configuration in TOML.")
 ]
@@ -64,6 +65,28 @@ Rate = Annotated[
         help="Stored bytes a second at most.",
     ),
 ]
+
+
+Faults = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fault",
+        metavar="TIER=PLAN",
+        help="Make a tier misbehave, such as red=seed=7,error=0.01,delay=0.1,delay_ms=20; "
+        "repeatable. For tests.",
+    ),
+]
+
+
+def fault_plans(given: list[str] | None) -> dict[str, str]:
+    """Plans by tier, of ``TIER=PLAN`` each. Raises InvalidRequest."""
+    plans = {}
+    for text in given or []:
+        tier, separator, plan = text.partition("=")
+        if not (tier and separator and plan):
+            raise InvalidRequest(f"--fault {text}: say TIER=PLAN, such as red=error=0.01")
+        plans[tier] = plan
+    return plans
 
 
 def operator(address: str) -> Operator:
@@ -86,6 +109,19 @@ def node_address(coordinator: str, node: str | None, address: str | None) -> str
     if node is None:
         raise InvalidRequest(f"say which node with --node (the cluster has: {there})")
     raise UnknownNode(f"no node {node!r} in the cluster (there: {there})", node=node)
+
+
+def chosen_nodes(
+    coordinator: str, node: str | None, address: str | None, *, every: bool
+) -> list[tuple[str, str]]:
+    """Names and addresses of the nodes that a command is for: one, or with ``every`` all that the
+    coordinator knows. Raises InvalidRequest if both are said."""
+    if not every:
+        return [(node or "", node_address(coordinator, node, address))]
+    if node is not None or address is not None:
+        raise InvalidRequest("--all means every node: say no other")
+    with Operator(coordinator) as cluster:
+        return sorted((n.name, str(n.address)) for n in cluster.cluster().nodes)
 
 
 def node_client(

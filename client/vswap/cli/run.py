@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -45,7 +46,7 @@ def coordinator(
     from vswap.coordinator import daemon
 
     flags = _given(listen=listen, state_dir=_text(state), lease_s=lease, insecure=insecure)
-    raise typer.Exit(daemon.run(daemon.load_config(config, os.environ, flags)))
+    _end(daemon.run(daemon.load_config(config, os.environ, flags)))
 
 
 @app.command()
@@ -78,6 +79,11 @@ def node(
         bool | None,
         typer.Option("--swap-safe", help="Lock memory, so that this machine may swap on the node."),
     ] = None,
+    fault: options.Faults = None,
+    allow_faults: Annotated[
+        bool | None,
+        typer.Option("--allow-faults", help="Fault plans may be set while the node runs."),
+    ] = None,
     fresh: Annotated[
         bool | None, typer.Option("--fresh", help="Start empty; drop pages of an earlier run.")
     ] = None,
@@ -94,8 +100,18 @@ def node(
         insecure=insecure,
         fresh=fresh,
         swap_safe=swap_safe,
+        faults=options.fault_plans(fault) or None,
+        allow_faults=allow_faults,
     )
-    raise typer.Exit(daemon.run(daemon.load_config(config, os.environ, flags)))
+    _end(daemon.run(daemon.load_config(config, os.environ, flags)))
+
+
+def _end(code: int) -> NoReturn:
+    """Without what Python does at its end: nothing of it is needed, and it takes 0.2 s in which a
+    kernel that swaps on the node waits for the next one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _given(**flags: Any) -> dict[str, Any]:

@@ -59,6 +59,11 @@ def list_spaces(
     ]
     columns = ("SPACE", ">PAGE", ">PAGES", ">FILL", ">STORED", ">QUOTA", "TIERS")
     output.stdout().print(output.table(columns, rows))
+    output.remarks(
+        f"{space.name}: {units.count(space.unreadable_pages)} pages are lost or damaged"
+        for space in spaces
+        if space.unreadable_pages
+    )
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -48,7 +49,8 @@ def list_tiers(
             info.tier.spec.name,
             str(info.tier.spec.rank),
             output.enum_name(info.tier, "state"),
-            info.tier.spec.url,
+            "\n".join(servers(info.tier.spec)),
+            protection(info),
             info.tier.spec.codec,
             units.count(info.usage.pages),
             units.size(info.usage.stored_bytes),
@@ -62,6 +64,7 @@ def list_tiers(
         ">RANK",
         "STATE",
         "URL",
+        "REDUNDANCY",
         "CODEC",
         ">PAGES",
         ">STORED",
@@ -76,9 +79,21 @@ def list_tiers(
 def add(
     name: Name,
     url: Annotated[
-        str,
+        str | None,
         typer.Argument(help="redis://, rediss://, redis+unix://, file:///dir, s3://bucket/prefix"),
-    ],
+    ] = None,
+    urls: Annotated[
+        list[str] | None,
+        typer.Option("--url", metavar="URL", help="One of several servers; say it for each."),
+    ] = None,
+    redundancy: Annotated[
+        str,
+        typer.Option(
+            "--redundancy",
+            metavar="none|mirror:N|rs:K+M",
+            help="Over N servers, all alike, or K+M of which any K are enough.",
+        ),
+    ] = "none",
     capacity: Capacity = None,
     codec: Annotated[str, typer.Option("--codec", help="zstd:LEVEL, lz4 or none.")] = "zstd:1",
     rank: Rank = None,
@@ -121,14 +136,19 @@ def add(
     as_json: options.Json = False,
 ) -> None:
     """Add a tier. Its backend is opened first and refused if it is not fit."""
-    if urlsplit(url).password:
+    named = [*([url] if url else []), *(urls or [])]
+    if not named:
+        raise InvalidRequest("a tier needs a URL")
+    if any(urlsplit(one).password for one in named):
         raise InvalidRequest(
             "a password in the URL would show in the process list: "
             "use --password-env or --password-file"
         )
     spec = common_pb2.TierSpec(
         name=name,
-        url=url,
+        url=named[0] if len(named) == 1 and redundancy == "none" else "",
+        urls=named if len(named) > 1 or redundancy != "none" else [],
+        redundancy=redundancy,
         codec=codec,
         capacity_bytes=capacity or 0,
         rank=100 if rank is None else rank,
@@ -151,14 +171,30 @@ def set_tier(
     rank: Rank = None,
     high: High = None,
     low: Low = None,
+    replace: Annotated[
+        str | None,
+        typer.Option(
+            "--replace",
+            metavar="OLD=NEW",
+            help="Another server in the place of one of a redundant tier; then it is repaired.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace even if pages are lost by that.")
+    ] = False,
     coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
     as_json: options.Json = False,
 ) -> None:
     """Change a tier while it is in use; what is not given stays."""
-    if capacity is None and rank is None and high is None and low is None:
-        raise InvalidRequest("nothing to change: give --capacity, --rank, --high or --low")
+    if all(option is None for option in (capacity, rank, high, low, replace)):
+        raise InvalidRequest(
+            "nothing to change: give --capacity, --rank, --high, --low or --replace"
+        )
     with options.operator(coordinator) as cluster:
-        tier = cluster.set_tier(name, capacity_bytes=capacity, rank=rank, high=high, low=low)
+        tier = cluster.set_tier(
+            name, capacity_bytes=capacity, rank=rank, high=high, low=low,
+            replace=_old_and_new(replace), force=force,
+        )  # fmt: skip
     _show(tier, as_json)
 
 
@@ -181,10 +217,48 @@ def activate(
 
 
 def unavailable(status: coordinator_pb2.ClusterStatus) -> Iterator[str]:
-    """A line for each shared tier that some connected node cannot use, with the reason."""
+    """A line for each shared tier or server that some connected node cannot use, and why."""
     for info in status.tiers:
         if not info.usage.available:
             yield f"{info.tier.spec.name} is not available at {info.usage.error}"
+        if info.usage.lost_pages:
+            yield (
+                f"{info.tier.spec.name}: {units.count(info.usage.lost_pages)} pages are lost; "
+                "loads of them fail until their slots are stored again or freed"
+            )
+        for server in info.usage.servers:
+            if not server.up:
+                yield f"{info.tier.spec.name}: {server.url} is down at {server.error}"
+        if info.usage.degraded_segments:
+            size = units.size(info.usage.degraded_bytes)
+            yield (
+                f"{info.tier.spec.name}: {info.usage.degraded_segments} segments ({size}) are "
+                "degraded: written again as soon as their servers are back or replaced"
+            )
+
+
+def servers(spec: common_pb2.TierSpec) -> list[str]:
+    """The URLs of a tier: one, or those it is spread over."""
+    return list(spec.urls) or [spec.url]
+
+
+def protection(info: coordinator_pb2.TierInfo) -> str:
+    """A tier's redundancy, and how much of it is not there now."""
+    degraded = info.usage.degraded_segments
+    missing = f", {units.count(degraded)} degraded" if degraded else ""
+    return f"{info.tier.spec.redundancy or 'none'}{missing}"
+
+
+def _old_and_new(text: str | None) -> tuple[str, str] | None:
+    """OLD=NEW, where either may hold a = of its own."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(.+?)=([a-z0-9+]+://.*)", text)
+    if match is None:
+        raise InvalidRequest("say --replace OLD=NEW, with the URLs of two servers")
+    if urlsplit(match[2]).password:
+        raise InvalidRequest("a password in the URL would show in the process list")
+    return match[1], match[2]
 
 
 def _show(tier: common_pb2.Tier, as_json: bool) -> None:
@@ -193,7 +267,8 @@ def _show(tier: common_pb2.Tier, as_json: bool) -> None:
         return
     spec = tier.spec
     typer.echo(
-        f"tier {spec.name}: {output.enum_name(tier, 'state')}, {spec.url}, {spec.codec}, "
+        f"tier {spec.name}: {output.enum_name(tier, 'state')}, {' '.join(servers(spec))}, "
+        f"redundancy {spec.redundancy}, {spec.codec}, "
         f"capacity {units.size(spec.capacity_bytes)}, rank {spec.rank}, "
         f"moved on above {units.percent(spec.high)} until {units.percent(spec.low)}"
     )

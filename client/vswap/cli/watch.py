@@ -56,7 +56,8 @@ def title(job: Job) -> str:
     """What the job does, in a few words."""
     kind = output.enum_name(job.spec, "kind")
     to = f" to {job.spec.destination}" if job.spec.destination else ""
-    return f"{kind} {job.spec.tier}{to}"
+    lost = " (lost)" if job.spec.lost else ""
+    return f"{kind} {job.spec.tier}{to}{lost}"
 
 
 def progress_line(job: Job) -> str:
@@ -69,6 +70,8 @@ def progress_line(job: Job) -> str:
     if state_of(job) in ("running", "blocked"):
         parts.append(units.rate(job.rate_bytes_s))
         parts.append(f"{units.duration(job.eta_s)} left")
+    if job.pages_lost:
+        parts.append(f"{units.count(job.pages_lost)} pages given up")
     if job.reason:
         parts.append(job.reason)
     return ", ".join(parts)

@@ -110,6 +110,11 @@ class AsyncClient:
         """The node's tiers, counters and pressure (``NodeStatus`` in node.proto)."""
         return await self._run(calls.status())
 
+    async def set_fault(self, tier: str, plan: str) -> str:
+        """Make a tier of the node misbehave ("off": no longer); returns the plan before, "" for
+        none. Refused by a node that was not started with ``--allow-faults``."""
+        return await self._run(calls.set_fault(tier, plan))
+
     async def leave(self) -> None:
         """Retire the node for good; its daemon ends. Refused while it holds pages."""
         await self._run(calls.leave())

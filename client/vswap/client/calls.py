@@ -262,6 +262,11 @@ def find_space(name: str, address: str) -> Call[node_pb2.Space]:
     return Call("NodeAdmin", "ListSpaces", node_pb2.ListSpacesRequest(), decode)
 
 
+def set_fault(tier: str, plan: str) -> Call[str]:
+    request = node_pb2.SetFaultRequest(tier=tier, plan=plan)
+    return Call("NodeAdmin", "SetFault", request, lambda reply: str(reply.before))
+
+
 def leave() -> Call[None]:
     return Call("NodeAdmin", "Leave", node_pb2.LeaveRequest(), lambda reply: None)
 

@@ -62,11 +62,19 @@ class Operator:
         rank: int | None = None,
         high: float | None = None,
         low: float | None = None,
+        replace: tuple[str, str] | None = None,
+        force: bool = False,
     ) -> common_pb2.Tier:
-        """Change a tier while it runs; None leaves a setting as it is."""
+        """Change a tier while it runs; None leaves a setting as it is.
+
+        ``replace`` puts a server in the place of another one of a redundant tier: (old, new) URL.
+        Refused where pages would be lost, unless ``force``.
+        """
+        old, new = replace or (None, None)
         request = coordinator_pb2.SetTierRequest(
-            name=name, capacity_bytes=capacity_bytes, rank=rank, high=high, low=low
-        )
+            name=name, capacity_bytes=capacity_bytes, rank=rank, high=high, low=low,
+            replace=old, replace_by=new, force=force,
+        )  # fmt: skip
         reply: common_pb2.Tier = self._call("SetTier", request)
         return reply
 
@@ -91,7 +99,7 @@ class Operator:
     def start_job(
         self, spec: coordinator_pb2.JobSpec, *, dry_run: bool = False
     ) -> coordinator_pb2.Job:
-        """Start a drain, migration or compaction; ``dry_run`` only plans it."""
+        """Start a drain, migration, compaction or repair; ``dry_run`` only plans it."""
         reply: coordinator_pb2.Job = self._call(
             "StartJob", coordinator_pb2.StartJobRequest(spec=spec, dry_run=dry_run)
         )

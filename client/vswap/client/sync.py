@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -109,6 +109,35 @@ class Client:
     def status(self) -> node_pb2.NodeStatus:
         """The node's tiers, counters and pressure (``NodeStatus`` in node.proto)."""
         return self._run(calls.status())
+
+    def set_fault(self, tier: str, plan: str) -> str:
+        """Make a tier of the node misbehave ("off": no longer); returns the plan before, "" for
+        none. Refused by a node that was not started with ``--allow-faults``."""
+        return self._run(calls.set_fault(tier, plan))
+
+    def check(self, *, deep: bool = False) -> Iterator[node_pb2.CheckProgress]:
+        """Have the node hold tables, books and backends against each other; how far it is,
+        twice a second, the last one with ``done``. Closing the iterator ends the check."""
+        stream = self._stubs["NodeAdmin"].Check(node_pb2.CheckRequest(deep=deep))
+        try:
+            yield from stream
+        except grpc.RpcError as failure:
+            raise from_rpc_error(failure, self.address) from failure
+        finally:
+            stream.cancel()
+
+    def scrub(self, tier: str = "", rate_bytes_s: int = 0) -> Iterator[node_pb2.ScrubProgress]:
+        """Have the node read and verify all that it stores, or one tier; how far it is, twice a
+        second, the last one with ``done``. Closing the iterator ends the pass."""
+        stream = self._stubs["NodeAdmin"].Scrub(
+            node_pb2.ScrubRequest(tier=tier, rate_bytes_s=rate_bytes_s)
+        )
+        try:
+            yield from stream
+        except grpc.RpcError as failure:
+            raise from_rpc_error(failure, self.address) from failure
+        finally:
+            stream.cancel()
 
     def leave(self) -> None:
         """Retire the node for good; its daemon ends. Refused while it holds pages."""

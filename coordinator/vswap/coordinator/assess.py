@@ -32,6 +32,7 @@ def plan(state: State, event: StartJob) -> Job:
         older_than_s=event.older_than_s if event.kind is MoveKind.MIGRATE else 0.0,
         target_utilisation=event.target_utilisation or _COMPACT_TO,
         rate_bytes_s=event.rate_bytes_s,
+        lost=event.lost,
         automatic=event.automatic,
         state=JobState.PLANNED,
     )
@@ -39,6 +40,8 @@ def plan(state: State, event: StartJob) -> Job:
         raise InvalidRequest("a target utilisation lies above 0 and is at most 1")
     if not (math.isfinite(job.older_than_s) and job.older_than_s >= 0):
         raise InvalidRequest("an age must be a number of seconds, 0 or more")
+    if job.lost and job.kind is not MoveKind.DRAIN:
+        raise InvalidRequest("only a drain can give pages up")
     conflicts(state, job)
     match job.kind:
         case MoveKind.DRAIN:
@@ -47,6 +50,8 @@ def plan(state: State, event: StartJob) -> Job:
             _migrate(state, job)
         case MoveKind.COMPACT:
             _compact(state, job)
+        case MoveKind.REPAIR:
+            _repair(state, job)
     absent = sorted(state.name(uuid) for uuid in job.nodes if not state.connected(uuid))
     if absent:
         job.reason = f"absent: {', '.join(absent)}"
@@ -87,7 +92,8 @@ def _drain(state: State, job: Job) -> None:
     fits = room.fits(state, [*room.draining(state), job.tier])
     fit = fits[job.tier]
     short = sum(other.short for other in fits.values())
-    if short:
+    # What is given up takes no room; for the rest nodes wait, and say so.
+    if short and not job.lost:
         where = ", ".join(f"{name} {_size(size)}" for name, size in fit.room.items()) or "none"
         others = [name for name in fits if name != job.tier]
         shared = f" (shared with the drain of {', '.join(others)})" if others else ""
@@ -147,6 +153,27 @@ def _compact(state: State, job: Job) -> None:
             rewritten = _rewritten(state.live(shard.uuid, job.tier), stored, job.target_utilisation)
             job.nodes[shard.uuid] = _part(state, job, shard, rewritten)
             job.bytes_total += rewritten
+
+
+def _repair(state: State, job: Job) -> None:
+    tier = state.tier(job.tier)
+    if not tier.spec.redundant:
+        raise InvalidRequest(f"tier {job.tier} has no redundancy: nothing can be repaired")
+    degraded = 0
+    for shard in state.members():
+        usage = state.usage(shard.uuid, job.tier)
+        if usage is None or usage.local:
+            continue
+        degraded += usage.degraded_segments
+        if usage.repairable_bytes:
+            job.nodes[shard.uuid] = _part(state, job, shard, int(usage.repairable_bytes))
+            job.bytes_total += int(usage.repairable_bytes)
+    if degraded and not job.nodes:
+        raise Refused(
+            f"tier {job.tier} has {degraded} degraded segments, and a repair would make none of "
+            "them better before its servers are back or replaced",
+            tier=job.tier,
+        )
 
 
 # ------------------------------------------------------------------ helpers

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from vswap.coordinator.state import Found
 from vswap.tiers.backend import Backend, SegmentName
+from vswap.tiers.redundancy.base import Redundant
 from vswap.tiers.spec import TierSpec
 from vswap.wire.errors import VswapError
 
@@ -32,6 +33,8 @@ class Backends:
         backend = self._make_backend(spec)
         try:
             await backend.open()
+            if isinstance(backend, Redundant):
+                backend.check_all_up()
             return (await backend.usage()).limit_bytes
         finally:
             await backend.close()
@@ -64,6 +67,9 @@ class Backends:
                     size += listed.bytes
             for start in range(0, len(names), _BATCH):
                 await backend.delete(names[start : start + _BATCH])
+            # Of a shard that is no more nobody would ever sweep what a server kept.
+            if isinstance(backend, Redundant):
+                backend.check_all_up()
         except VswapError:
             await self.drop(spec.name)
             raise
@@ -80,6 +86,9 @@ class Backends:
 
     async def _get(self, spec: TierSpec) -> Backend:
         backend = self._open.get(spec.name)
+        if isinstance(backend, Redundant) and backend.down:
+            await self.drop(spec.name)
+            backend = None
         if backend is None:
             backend = self._make_backend(spec)
             try:

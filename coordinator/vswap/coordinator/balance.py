@@ -1,6 +1,6 @@
-"""What the coordinator starts by itself: moving pages down from full tiers, and compaction.
+"""What the coordinator starts by itself: repair, compaction, moving pages down from full tiers.
 
-Both look at what the nodes report, act on one tier at a time, and then leave it alone for a while.
+All look at what the nodes report, act on one tier at a time, and then leave it alone for a while.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from vswap.coordinator.turn import Turn
 from vswap.wire.errors import VswapError
 
 _QUIET_S = 30.0
+_QUIET_REPAIR_S = 3.0
 _PATIENCE_S = 60.0
 _LEAST_BYTES = 2**20
 
@@ -26,6 +27,8 @@ class Policy:
     compact: bool = True
     compact_below_utilisation: float = 0.5
     compact_min_garbage_bytes: int = 64 * 2**20
+    repair: bool = True
+    repair_rate_bytes_s: int = 64 * 2**20
 
 
 def consider(turn: Turn, policy: Policy, spare_id: str) -> None:
@@ -37,6 +40,10 @@ def consider(turn: Turn, policy: Policy, spare_id: str) -> None:
             jobs.finish(turn, job, JobState.CANCELLED, f"given up: {job.reason}")
     for tier in state.ranked():
         name = tier.spec.name
+        if policy.repair and (repair := _repair(turn, tier, policy)) is not None:
+            if _start(turn, repair, spare_id):
+                return
+            continue
         if tier.state is not TierState.ACTIVE or _busy(state, name):
             continue
         wanted = None
@@ -49,7 +56,8 @@ def consider(turn: Turn, policy: Policy, spare_id: str) -> None:
 
 
 def _start(turn: Turn, wanted: StartJob, spare_id: str) -> bool:
-    turn.state.quiet_until_s[wanted.tier, wanted.kind] = turn.now_s + _QUIET_S
+    quiet_s = _QUIET_REPAIR_S if wanted.kind is MoveKind.REPAIR else _QUIET_S
+    turn.state.quiet_until_s[wanted.tier, wanted.kind] = turn.now_s + quiet_s
     try:
         jobs.start(
             turn,
@@ -59,6 +67,7 @@ def _start(turn: Turn, wanted: StartJob, spare_id: str) -> bool:
                 tier=wanted.tier,
                 destination=wanted.destination,
                 byte_budget=wanted.byte_budget,
+                rate_bytes_s=wanted.rate_bytes_s,
                 automatic=True,
             ),
         )
@@ -68,13 +77,40 @@ def _start(turn: Turn, wanted: StartJob, spare_id: str) -> bool:
     return True
 
 
+def _repair(turn: Turn, tier: Tier, policy: Policy) -> StartJob | None:
+    """As soon as a connected node has something that can be made better."""
+    state, name = turn.state, tier.spec.name
+    if tier.state is not TierState.ACTIVE or not _quiet(turn, name, MoveKind.REPAIR):
+        return None
+    if any(job.tier == name and job.kind is MoveKind.REPAIR for job in state.running()):
+        return None
+    for uuid, session in state.sessions.items():
+        usage = state.usage(uuid, name)
+        if session.connected and usage is not None and usage.repairable_bytes and not usage.local:
+            return StartJob(
+                id="", kind=MoveKind.REPAIR, tier=name, rate_bytes_s=policy.repair_rate_bytes_s
+            )
+    return None
+
+
 def _compaction(state: State, tier: Tier, policy: Policy) -> StartJob | None:
     live, stored = _reported(state, tier.spec.name)
+    if _server_down(state, tier.spec.name):
+        # What is rewritten now would lack a part that what it replaces may have there.
+        return None
     if stored - live < max(policy.compact_min_garbage_bytes, 1):
         return None
     if live >= policy.compact_below_utilisation * stored:
         return None
     return StartJob(id="", kind=MoveKind.COMPACT, tier=tier.spec.name)
+
+
+def _server_down(state: State, name: str) -> bool:
+    for uuid, session in state.sessions.items():
+        usage = state.usage(uuid, name)
+        if session.connected and usage is not None and not all(s.up for s in usage.servers):
+            return True
+    return False
 
 
 def _relief(state: State, tier: Tier) -> StartJob | None:

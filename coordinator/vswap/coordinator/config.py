@@ -40,6 +40,16 @@ class CompactionConfig(BaseModel):
     min_garbage_bytes: int = Field(default=64 * 2**20, ge=0)
 
 
+class RepairConfig(BaseModel):
+    """Writing degraded segments of redundant tiers again by itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    rate_bytes_s: int = Field(default=64 * 2**20, ge=0)
+    """Over all nodes; 0 = no limit."""
+
+
 class CoordinatorConfig(BaseModel):
     """See ``deploy/coordinator.toml`` for a commented sample."""
 
@@ -55,6 +65,7 @@ class CoordinatorConfig(BaseModel):
     """Registered where no tier of that name is known; what operators changed stays."""
     balance: BalanceConfig = BalanceConfig()
     compaction: CompactionConfig = CompactionConfig()
+    repair: RepairConfig = RepairConfig()
 
     @model_validator(mode="after")
     def _tiers(self) -> CoordinatorConfig:
@@ -76,6 +87,8 @@ class CoordinatorConfig(BaseModel):
             compact=self.compaction.enabled,
             compact_below_utilisation=self.compaction.below_utilisation,
             compact_min_garbage_bytes=self.compaction.min_garbage_bytes,
+            repair=self.repair.enabled,
+            repair_rate_bytes_s=self.repair.rate_bytes_s,
         )
 
 

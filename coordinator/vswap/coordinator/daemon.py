@@ -32,7 +32,7 @@ from vswap.tiers.spec import TierSpec
 from vswap.v1 import coordinator_pb2, coordinator_pb2_grpc
 from vswap.wire.errors import TierUnavailable, VswapError
 from vswap.wire.listen import StateDirectory, bind, check_listen
-from vswap.wire.rpc import CHANNEL_OPTIONS
+from vswap.wire.rpc import MAX_CALLS, SERVER_OPTIONS
 
 __all__ = ["Coordinator", "CoordinatorConfig", "load_config", "run"]
 
@@ -151,8 +151,9 @@ class Coordinator:
                 return
 
     async def _listen(self) -> str:
-        options = [*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
-        server = self._server = grpc.aio.server(options=options)
+        server = self._server = grpc.aio.server(
+            options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
+        )
         coordinator_pb2_grpc.add_NodeLinkServicer_to_server(NodeLinkService(self.runner), server)
         coordinator_pb2_grpc.add_OperatorServicer_to_server(OperatorService(self.runner), server)
         services = coordinator_pb2.DESCRIPTOR.services_by_name.values()

@@ -65,6 +65,10 @@ def listed(turn: Turn, event: Listed) -> None:
     flight.listing = False
     flight.list_again_s = turn.now_s + _LIST_AGAIN_S
     if event.error is not None:
+        if job.lost:
+            # Nobody counts on it any more, so what may be left there does not matter.
+            flight.clear, flight.leftover = True, ""
+            return
         flight.leftover = f"cannot list {event.tier}: {event.error}"
         return
     strangers = sweeps.strangers(turn, event.tier, event.found)

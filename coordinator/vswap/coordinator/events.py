@@ -71,6 +71,9 @@ class SetTier:
     rank: int | None = None
     high: float | None = None
     low: float | None = None
+    replace: tuple[str, str] | None = None
+    """(URL of a server, URL of the one in its place), which was opened and found fit."""
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class StartJob:
     older_than_s: float = 0.0
     target_utilisation: float = 0.0
     rate_bytes_s: int = 0
+    lost: bool = False
     automatic: bool = False
 
 

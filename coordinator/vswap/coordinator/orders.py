@@ -50,6 +50,7 @@ def directive(job: Job, node: JobNode, workers: int) -> coordinator_pb2.Directiv
         older_than_s=job.older_than_s,
         target_utilisation=job.target_utilisation,
         rate_bytes_s=max(1, job.rate_bytes_s // workers) if job.rate_bytes_s else 0,
+        lost=job.lost,
     )
 
 

@@ -39,7 +39,7 @@ def at_report(
             # Of the time before the directive was stopped or this stream began: it comes again.
             continue
         node = job.nodes.setdefault(uuid, JobNode(incarnation=state.shards[uuid].incarnation))
-        life = Moved(said.pages_moved, said.bytes_moved, said.logical_bytes_moved)
+        life = Moved(said.pages_moved, said.bytes_moved, said.logical_bytes_moved, said.pages_lost)
         if life.pages < node.life.pages or life.bytes < node.life.bytes:
             node.before = node.moved
         ended = said.state != node.state

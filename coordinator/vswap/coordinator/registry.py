@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
@@ -10,7 +12,7 @@ from vswap.coordinator import sweeps
 from vswap.coordinator.events import ActivateTier, AddTier, RemoveTier, SetTier
 from vswap.coordinator.state import State, Tier, TierState
 from vswap.coordinator.turn import Turn
-from vswap.tiers.spec import TierSpec
+from vswap.tiers.spec import TierSpec, redacted
 from vswap.wire.errors import AlreadyExists, BackendRefused, BadConfig, Refused
 
 
@@ -24,17 +26,83 @@ def check_new(state: State, spec: TierSpec) -> None:
         )
     if spec.name in state.tiers:
         raise AlreadyExists(f"tier {spec.name} exists already", name=spec.name)
-    for tier in state.tiers.values():
-        if _place(tier.spec) == _place(spec):
-            raise AlreadyExists(
-                f"tier {tier.spec.name} already lies at {tier.spec.safe_url}", name=tier.spec.name
-            )
+    places = [_place(url) for url in spec.servers]
+    if len(set(places)) < len(places):
+        raise BadConfig(f"tier {spec.name}: urls names a server twice", key="urls")
+    _check_free(state, spec.servers)
     for uuid, session in state.sessions.items():
         usage = session.usage.get(spec.name)
         if usage is not None and usage.local:
             raise AlreadyExists(
                 f"node {state.name(uuid)} has a tier of its own named {spec.name}", name=spec.name
             )
+
+
+def _check_free(state: State, urls: Sequence[str]) -> None:
+    """Raises AlreadyExists where a tier lies at one of these already."""
+    for tier in state.tiers.values():
+        for url in tier.spec.servers:
+            if any(_place(url) == _place(wanted) for wanted in urls):
+                raise AlreadyExists(
+                    f"tier {tier.spec.name} already lies at {redacted(url)}", name=tier.spec.name
+                )
+
+
+def check_replacement(state: State, event: SetTier) -> TierSpec:
+    """The tier with the other server in its place. Raises what speaks against it."""
+    assert event.replace is not None
+    spec = state.tier(event.name).spec
+    old, new = event.replace
+    places = [_place(url) for url in spec.servers]
+    if not spec.redundant or _place(old) not in places:
+        raise BadConfig(
+            f"tier {spec.name} is not spread over {redacted(old)} (it lies at {spec.safe_url})",
+            key="replace",
+        )
+    _check_free(state, [new])
+    place = places.index(_place(old))
+    if not event.force:
+        _check_dispensable(state, spec, place)
+    urls = [*spec.servers[:place], new, *spec.servers[place + 1 :]]
+    try:
+        return TierSpec(**{**spec.model_dump(), "urls": tuple(urls)})
+    except ValidationError as error:
+        raise BadConfig(f"tier {spec.name}: {error.errors()[0]['msg']}", key="replace") from error
+
+
+def _check_dispensable(state: State, spec: TierSpec, place: int) -> None:
+    """Raises Refused where a server has what no other has, as nodes said last, or nobody knows."""
+    name, shown = spec.name, redacted(spec.servers[place])
+    lost, blind, silent = [], [], []
+    for shard in sorted(state.members(), key=lambda shard: shard.name):
+        usage = state.usage(shard.uuid, name)
+        if usage is None and state.hold(shard.uuid, name).held:
+            silent.append(shard.name)
+        if usage is None or place >= len(usage.servers):
+            continue
+        if usage.servers[place].only_here:
+            lost.append(f"{usage.servers[place].only_here} of {shard.name}")
+        if sum(not s.up for i, s in enumerate(usage.servers) if i != place) >= spec.shape[1]:
+            blind.append(shard.name)
+    if lost:
+        raise Refused(
+            f"{shown} has the only good part of segments of tier {name} ({', '.join(lost)}): "
+            "repair the tier first, or lose their pages with --force",
+            tier=name,
+        )
+    if blind:
+        raise Refused(
+            f"as many other servers of tier {name} are down as may be ({', '.join(blind)} says): "
+            f"what is written now is on {shown} and has no part to spare; wait until they are "
+            "back, or risk it with --force",
+            tier=name,
+        )
+    if silent:
+        raise Refused(
+            f"{', '.join(silent)} may have pages whose only good part is on {shown}, and is "
+            "absent: start it first, or risk them with --force",
+            tier=name,
+        )
 
 
 def add(turn: Turn, event: AddTier) -> None:
@@ -61,7 +129,9 @@ def change(turn: Turn, event: SetTier) -> None:
         "high": event.high,
         "low": event.low,
     }
-    fields = {name: value for name, value in wanted.items() if value is not None}
+    fields: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    if event.replace is not None:
+        fields["urls"] = check_replacement(turn.state, event).urls
     if fields.get("capacity_bytes") == 0:
         raise BadConfig(f"tier {event.name}: a capacity must be positive", key="capacity_bytes")
     try:
@@ -127,7 +197,7 @@ def set_state(turn: Turn, name: str, new: TierState) -> int:
     return turn.new_generation()
 
 
-def _place(spec: TierSpec) -> tuple[str, str, str, str]:
-    parts = urlsplit(spec.url)
+def _place(url: str) -> tuple[str, str, str, str]:
+    parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2].lower()
     return parts.scheme, host, parts.path.rstrip("/"), parts.query

@@ -15,6 +15,7 @@ from vswap.coordinator.state import MoveKind, State, TierState
 from vswap.tiers.files import FileBackend
 from vswap.tiers.objects import ObjectBackend
 from vswap.tiers.redis import RedisBackend
+from vswap.tiers.redundancy import coded
 from vswap.tiers.spec import TierSpec
 from vswap.v1 import common_pb2
 
@@ -132,6 +133,10 @@ def reservations(state: State) -> dict[tuple[str, str], int]:
 
 
 def _segment_bytes(spec: TierSpec) -> int:
+    if spec.redundant:
+        data, _ = spec.shape
+        least = min(map(_segment_bytes, spec.members()))
+        return least if data == 1 else coded.segment_bytes(least, data)
     if spec.scheme.startswith("redis"):
         return RedisBackend.segment_bytes
     return FileBackend.segment_bytes if spec.scheme == "file" else ObjectBackend.segment_bytes

@@ -37,9 +37,11 @@ from vswap.coordinator.events import (
 from vswap.coordinator.state import JobState, State
 from vswap.coordinator.store import Store
 from vswap.v1 import coordinator_pb2
-from vswap.wire.errors import InternalError, StateInvalid, VswapError
+from vswap.wire.errors import InternalError, StateInvalid, Unreachable, VswapError
 
 T = TypeVar("T")
+
+_MOST_QUEUED = 1000
 
 _log = structlog.get_logger("vswap.coordinator")
 
@@ -55,8 +57,15 @@ class Link:
         self._closed = False
 
     def put(self, message: coordinator_pb2.CoordinatorMessage) -> None:
-        if not self._closed:
-            self._queue.put_nowait(message)
+        """Queues it. A node that does not take what it is told is cut off: it comes back, and is
+        told what counts by then."""
+        if self._closed:
+            return
+        if self._queue.qsize() >= _MOST_QUEUED:
+            self._queue = asyncio.Queue()
+            self.close(Unreachable(f"{_MOST_QUEUED} messages were not taken"))
+            return
+        self._queue.put_nowait(message)
 
     def close(self, error: VswapError | None) -> None:
         """Ends the stream after what is queued."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -105,7 +106,13 @@ class OperatorService(coordinator_pb2_grpc.OperatorServicer):
             for name in ("capacity_bytes", "rank", "high", "low")
             if request.HasField(name)
         }
-        self._runner.apply(SetTier(request.name, **fields))
+        event = SetTier(request.name, **fields)
+        if request.HasField("replace"):
+            event = replace(event, replace=(request.replace, request.replace_by))
+            event = replace(event, force=request.force)
+            await replace_server(self._runner, event)
+        else:
+            self._runner.apply(event)
         return self._tier(request.name)
 
     @served
@@ -145,7 +152,9 @@ class OperatorService(coordinator_pb2_grpc.OperatorServicer):
         try:
             kind = MoveKind(coordinator_pb2.MoveKind.Name(spec.kind))
         except ValueError:
-            raise InvalidRequest("a job is a drain, a migration or a compaction") from None
+            raise InvalidRequest(
+                "a job is a drain, a migration, a compaction or a repair"
+            ) from None
         event = StartJob(
             id=f"{kind.word}-{self._runner.new_id()}",
             kind=kind,
@@ -155,6 +164,7 @@ class OperatorService(coordinator_pb2_grpc.OperatorServicer):
             older_than_s=spec.older_than_s,
             target_utilisation=spec.target_utilisation,
             rate_bytes_s=spec.rate_bytes_s,
+            lost=spec.lost,
         )
         if request.dry_run:
             planned = assess.plan(self._runner.state, event)
@@ -195,6 +205,17 @@ class OperatorService(coordinator_pb2_grpc.OperatorServicer):
 
     def _tier(self, name: str) -> common_pb2.Tier:
         return views.tier_message(self._runner.state.tier(name))
+
+
+async def replace_server(runner: Runner, event: SetTier) -> None:
+    """Opens the server that is to take another one's place, and registers it if that is fit."""
+    spec = registry.check_replacement(runner.state, event)
+    assert event.replace is not None
+    [member] = [member for member in spec.members() if member.url == event.replace[1]]
+    await runner.backends.examine(member)
+    runner.apply(event)
+    await runner.backends.drop(event.name)
+    _log.info("server replaced", tier=event.name, by=member.safe_url)
 
 
 async def add_tier(runner: Runner, spec: TierSpec) -> None:

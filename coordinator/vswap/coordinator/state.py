@@ -35,6 +35,7 @@ class MoveKind(enum.StrEnum):
     DRAIN = "MOVE_KIND_DRAIN"
     MIGRATE = "MOVE_KIND_MIGRATE"
     COMPACT = "MOVE_KIND_COMPACT"
+    REPAIR = "MOVE_KIND_REPAIR"
 
     @property
     def word(self) -> str:
@@ -103,12 +104,15 @@ class Moved:
     pages: int = 0
     bytes: int = 0
     logical_bytes: int = 0
+    lost: int = 0
+    """Pages that were given up."""
 
     def __add__(self, other: Moved) -> Moved:
         return Moved(
             self.pages + other.pages,
             self.bytes + other.bytes,
             self.logical_bytes + other.logical_bytes,
+            self.lost + other.lost,
         )
 
 
@@ -141,6 +145,8 @@ class Job:
     older_than_s: float = 0.0
     target_utilisation: float = 0.9
     rate_bytes_s: int = 0
+    lost: bool = False
+    """Drain: what the tier does not have, or does not answer for, is given up."""
     automatic: bool = False
     state: JobState = JobState.RUNNING
     reason: str = ""

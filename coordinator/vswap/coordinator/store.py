@@ -20,7 +20,9 @@ from vswap.coordinator.state import Key, State
 from vswap.wire.errors import StateInvalid
 
 APPLICATION_ID = 0x76737770
-_WAY_OUT = "restore it from a copy, or move it away to begin a new cluster"
+_WAY_OUT = "restore it from a copy, or move its directory away to begin a new cluster"
+_BEGUN = "begun"
+"""Lies beside the file once there is one: without it a new cluster may begin."""
 
 
 class Store:
@@ -34,9 +36,13 @@ class Store:
     def open(cls, path: Path, new_cluster: str) -> Store:
         """Opens the file, or makes one for a cluster of that uuid.
 
-        Raises StateInvalid where the file is damaged, not ours or of another format version; it is
-        left as it was.
+        Raises StateInvalid where the file is damaged, not ours, of another format version, or gone;
+        it is left as it was.
         """
+        begun = path.with_name(_BEGUN)
+        if begun.exists() and not (path.exists() and path.stat().st_size):
+            # Begun anew, it would be another cluster, that none of the nodes joins.
+            raise StateInvalid(f"{path} is missing or empty; {_WAY_OUT}", path=str(path))
         try:
             # Made by hand first: SQLite would make it readable for others.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -46,6 +52,10 @@ class Store:
         store = cls(path, connection)
         try:
             store._check(new_cluster)
+            begun.touch(0o600)
+        except OSError as error:
+            connection.close()
+            raise StateInvalid(f"cannot write {begun}: {error}", path=str(begun)) from error
         except sqlite3.Error as error:
             connection.close()
             raise StateInvalid(

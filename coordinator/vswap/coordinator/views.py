@@ -7,6 +7,7 @@ from importlib.metadata import version
 from vswap.coordinator import progress, room
 from vswap.coordinator.events import Now
 from vswap.coordinator.state import Flight, Job, JobState, State, Tier
+from vswap.tiers.spec import redacted
 from vswap.v1 import common_pb2, coordinator_pb2
 
 _SUMS = (
@@ -18,6 +19,10 @@ _SUMS = (
     "limit_bytes",
     "quarantined",
     "deleting",
+    "degraded_segments",
+    "degraded_bytes",
+    "repairable_bytes",
+    "lost_pages",
 )
 
 
@@ -63,6 +68,7 @@ def usage(state: State, tier: Tier) -> common_pb2.TierUsage:
         tier=name, state=tier.state, rank=tier.spec.rank, available=True, local=False
     )
     errors = []
+    servers = [common_pb2.TierServer(url=redacted(url), up=True) for url in tier.spec.urls]
     for shard in state.members():
         said = state.usage(shard.uuid, name)
         if said is None or said.local:
@@ -72,7 +78,13 @@ def usage(state: State, tier: Tier) -> common_pb2.TierUsage:
         if state.connected(shard.uuid) and not said.available:
             total.available = False
             errors.append(f"{shard.name}: {said.error or 'not opened yet'}")
+        for server, seen in zip(servers, said.servers, strict=False):
+            server.only_here += seen.only_here
+            if state.connected(shard.uuid) and not seen.up:
+                server.up = False
+                server.error += f"{'; ' if server.error else ''}{shard.name}: {seen.error}"
     total.error = "; ".join(sorted(errors))
+    total.servers.extend(servers)
     return total
 
 
@@ -124,12 +136,14 @@ def job(state: State, record: Job, now: Now) -> coordinator_pb2.Job:
             older_than_s=record.older_than_s,
             target_utilisation=record.target_utilisation,
             rate_bytes_s=record.rate_bytes_s,
+            lost=record.lost,
         ),
         state=record.state,
         reason=record.reason,
         pages_moved=total.pages,
         bytes_moved=total.bytes,
         logical_bytes_moved=total.logical_bytes,
+        pages_lost=total.lost,
         bytes_total=record.bytes_total,
         bytes_left=bytes_left,
         pages_left=pages_left,

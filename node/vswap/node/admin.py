@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict
 from importlib.metadata import version
 
 from pydantic import ValidationError
 
 from vswap.node import messages
-from vswap.node.entry import FILL
+from vswap.node.differences import Checked
+from vswap.node.entry import FILL, POISON
+from vswap.node.scrub import Scrubbed
 from vswap.node.shard import Shard
 from vswap.node.spaces import DEFAULT_MAX_SLOTS, MIN_PAGE_BYTES, Limits, Space
 from vswap.v1 import node_pb2, node_pb2_grpc
-from vswap.wire.aio import Context, served
-from vswap.wire.errors import InvalidRequest, UnknownTier
+from vswap.wire.aio import Context, served, served_stream
+from vswap.wire.errors import BadConfig, InvalidRequest, UnknownTier
 from vswap.wire.rpc import MAX_BATCH_BYTES
+
+_TELL_S = 0.5
+_SCRUB_TELL_S = 0.5
 
 
 class AdminService(node_pb2_grpc.NodeAdminServicer):
@@ -61,6 +68,22 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
     ) -> node_pb2.ListSpacesReply:
         return node_pb2.ListSpacesReply(spaces=map(self._describe, self._shard.spaces))
 
+    @served_stream
+    async def Scrub(  # noqa: N802
+        self, request: node_pb2.ScrubRequest, context: Context
+    ) -> AsyncGenerator[node_pb2.ScrubProgress, None]:
+        seen = Scrubbed()
+        task = asyncio.create_task(self._shard.scrub(request.rate_bytes_s, seen, request.tier))
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=_SCRUB_TELL_S)
+                if not task.done():
+                    yield node_pb2.ScrubProgress(**asdict(seen))
+            await task
+            yield node_pb2.ScrubProgress(**asdict(seen), done=True)
+        finally:
+            task.cancel()
+
     @served
     async def GetNode(  # noqa: N802
         self, request: node_pb2.GetNodeRequest, context: Context
@@ -85,7 +108,35 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             pid=os.getpid(),
             nbd=self.nbd,
             places=shard.places,
+            faults_allowed=shard.faults is not None,
+            faults=shard.faults or {},
         )
+
+    @served
+    async def SetFault(  # noqa: N802
+        self, request: node_pb2.SetFaultRequest, context: Context
+    ) -> node_pb2.SetFaultReply:
+        try:
+            before = self._shard.set_fault(request.tier, request.plan)
+        except BadConfig as error:
+            raise InvalidRequest(error.message, **error.fields) from error
+        return node_pb2.SetFaultReply(before=before)
+
+    @served_stream
+    async def Check(  # noqa: N802
+        self, request: node_pb2.CheckRequest, context: Context
+    ) -> AsyncGenerator[node_pb2.CheckProgress, None]:
+        seen = Checked()
+        task = asyncio.create_task(self._shard.check(seen, deep=request.deep))
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=_TELL_S)
+                if not task.done():
+                    yield messages.checked(seen, done=False)
+            await task
+            yield messages.checked(seen, done=True)
+        finally:
+            task.cancel()
 
     @served
     async def Leave(  # noqa: N802
@@ -124,6 +175,7 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             fill_pages=int(space.pages_by_tag[FILL]),
             live_bytes=space.live_bytes,
             peak_bytes=space.peak_bytes,
+            unreadable_pages=int(space.pages_by_tag[POISON]),
             tier_pages={t.name: int(space.pages_by_tag[t.tag]) for t in tiers},
             tier_bytes={t.name: int(space.bytes_by_tag[t.tag]) for t in tiers},
             events=dict(space.events),

@@ -22,8 +22,9 @@ from pydantic import (
 
 from vswap.node.spaces import DEFAULT_MAX_SLOTS, MIN_PAGE_BYTES, Limits, check_name, check_shape
 from vswap.tiers.spec import TierName, TierSpec
+from vswap.tiers.wrappers.faulty import FaultPlan
 from vswap.wire import settings
-from vswap.wire.errors import InvalidRequest
+from vswap.wire.errors import BadConfig, InvalidRequest
 from vswap.wire.listen import check_address
 
 _VARIABLES = {
@@ -35,6 +36,8 @@ _VARIABLES = {
     "VSWAP_NODE_INSECURE": "insecure",
     "VSWAP_NODE_SWAP_SAFE": "swap_safe",
     "VSWAP_NODE_THREADS": "threads",
+    "VSWAP_NODE_SCRUB_BYTES_S": "scrub_bytes_s",
+    "VSWAP_NODE_SCRUB_INTERVAL_S": "scrub_interval_s",
     "VSWAP_NODE_EXCLUSIVE_TIMEOUT_S": "exclusive_timeout_s",
     "VSWAP_NODE_LOG_LEVEL": "log_level",
     "VSWAP_COORDINATOR": "coordinator",
@@ -48,7 +51,7 @@ def _valid(check: Callable[[Any], Any]) -> AfterValidator:
         try:
             if value:
                 check(value)
-        except InvalidRequest as error:
+        except (InvalidRequest, BadConfig) as error:
             raise ValueError(error.message) from error
         return value
 
@@ -56,6 +59,7 @@ def _valid(check: Callable[[Any], Any]) -> AfterValidator:
 
 
 Address = Annotated[str, _valid(check_address)]
+FaultPlanText = Annotated[str, _valid(FaultPlan.parse)]
 
 
 def _split(value: Any) -> Any:
@@ -112,10 +116,17 @@ class NodeConfig(BaseModel):
     swap_safe: bool = False
     """Lock memory and the like, so that this machine itself may swap on the node."""
     threads: int = Field(default_factory=lambda: min(len(os.sched_getaffinity(0)), 8), ge=1, le=64)
+    scrub_bytes_s: NonNegativeInt = 4 * 2**20
+    scrub_interval_s: float = Field(default=86400.0, ge=600, le=366 * 86400)
+    """From the start of one pass to that of the next."""
     exclusive_timeout_s: float = Field(default=60.0, gt=0, le=86400)
     inflight_bytes: int = Field(default=64 * 2**20, ge=2**20)
     """Page bytes of requests under way; further ones wait."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    faults: dict[TierName, FaultPlanText] = {}
+    """Fault plans by tier, also of tiers that the cluster has yet to tell of."""
+    allow_faults: bool = False
+    """Plans may be set while the node runs; so they may if it was started with one."""
     tiers: tuple[TierSpec, ...] = Field(default_factory=lambda: (_default_tier(),), min_length=1)
     spaces: tuple[SpaceConfig, ...] = ()
 
@@ -131,7 +142,13 @@ class NodeConfig(BaseModel):
         for tier in self.tiers:
             if tier.scheme == "ram" and not tier.capacity_bytes:
                 raise ValueError(f"tier {tier.name!r}: a RAM tier needs capacity_bytes")
+        for tier in self.tiers:
+            if tier.scheme == "ram" and tier.name in self.faults:
+                raise ValueError(f"tier {tier.name!r} is RAM, which cannot be made to misbehave")
         known = {tier.name for tier in self.tiers}
+        stranger = min(set(self.faults) - known, default=None)
+        if stranger is not None and not self.coordinator:
+            raise ValueError(f"fault plan: no tier named {stranger!r}")
         for space in self.spaces:
             unknown = {*space.tiers, *space.tier_max_bytes} - known
             # With a coordinator they may be the cluster's, which we do not know yet.

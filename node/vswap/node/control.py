@@ -117,6 +117,8 @@ class Control:
                 self.refused = error if _is_refusal(error) else None
                 self.attempted.set()
                 # An outage is told once, not at every attempt.
+                if _is_buried(error):
+                    self._shard.disown()
                 if self.refused is not None:
                     if error.message != told:
                         logger.error("the coordinator refuses this node", reason=error.message)
@@ -325,6 +327,8 @@ def _channel(address: str) -> grpc.aio.Channel:
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
+            # This one decides for pings, and is a minute by default.
+            ("grpc.http2.ping_timeout_ms", 5_000),
         ],
     )
 

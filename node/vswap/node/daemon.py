@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,11 +23,14 @@ from vswap.node.admin import AdminService
 from vswap.node.config import NodeConfig, load_config
 from vswap.node.control import Control
 from vswap.node.departure import Departure
+from vswap.node.faults import Faults
 from vswap.node.frontends.grpc_pages import PagesService
 from vswap.node.frontends.nbd.server import NbdServer
+from vswap.node.frugal import trim_memory
 from vswap.node.harden import harden
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
+from vswap.tiers.region import Region
 from vswap.v1 import node_pb2, node_pb2_grpc
 from vswap.wire.listen import (
     MAX_SOCKET_PATH_BYTES,
@@ -35,7 +39,7 @@ from vswap.wire.listen import (
     check_listen,
     runtime_directory,
 )
-from vswap.wire.rpc import CHANNEL_OPTIONS
+from vswap.wire.rpc import MAX_CALLS, SERVER_OPTIONS
 
 __all__ = ["NodeConfig", "load_config", "run"]
 
@@ -70,7 +74,9 @@ def run(config: NodeConfig) -> int:
 
 async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
     stop = _stop_signal()
-    seams = Seams(threads=config.threads)
+    seams = Seams(threads=config.threads, make_region=partial(Region, resident=config.swap_safe))
+    if config.allow_faults or config.faults:
+        seams.faults = Faults(config.faults)
     shard = await Shard.open(
         directory.path, config.tiers, fresh=config.fresh, seams=seams,
         exclusive_timeout_s=config.exclusive_timeout_s,
@@ -78,11 +84,15 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
     departure = Departure(shard, done=stop.set)
     server = Server(shard, config, departure)
     control: asyncio.Task[None] | None = None
+    # What the kernel swaps on keeps the memory that it has.
+    trimming = None if config.swap_safe else asyncio.create_task(trim_memory())
     try:
         for space in config.spaces:
             shard.spaces.create(
                 space.name, space.page_bytes, space.max_slots, space.limits, exist_ok=True
             )
+        if config.scrub_bytes_s:
+            shard.start_scrub(config.scrub_bytes_s, config.scrub_interval_s)
         address = await server.start()
         await server.start_nbd(_nbd_addresses(config, directory), insecure=config.insecure)
         if config.coordinator:
@@ -99,6 +109,8 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
         logger.info("leaving: finishing what is under way")
         return 0
     finally:
+        if trimming is not None:
+            trimming.cancel()
         await server.stop()
         await departure.close()
         if control is not None:
@@ -140,9 +152,8 @@ class Server:
         self._admin = AdminService(shard, config.name, departure.leave)
         self._nbd = NbdServer(shard, inflight_bytes=config.inflight_bytes)
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
-        pages = PagesService(shard, inflight_bytes=config.inflight_bytes)
-        node_pb2_grpc.add_PagesServicer_to_server(pages, self._server)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        PagesService(shard, inflight_bytes=config.inflight_bytes).add_to(self._server)
         node_pb2_grpc.add_NodeAdminServicer_to_server(self._admin, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = node_pb2.DESCRIPTOR.services_by_name.values()

@@ -118,6 +118,8 @@ class Departure:
         for tier in self._shard.tiers:
             try:
                 await self._shard.sweep(tier)
+                if tier.local and tier.redundant is not None:
+                    tier.redundant.check_all_up()
             except VswapError as error:
                 if tier.local:
                     raise

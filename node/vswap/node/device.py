@@ -106,9 +106,13 @@ class Device:
 
     # ---------------------------------------------------------------- write
 
-    def write_now(self, slots: U64, pages: U8) -> bool:
+    def write_now(self, slots: U64, pages: U8, hashes: U64 | None = None) -> bool:
         """See :meth:`Pager.store_now`."""
-        return self._pager.store_now(self.space, slots, pages)
+        return self._pager.store_now(self.space, slots, pages, hashes)
+
+    def window(self) -> U8 | None:
+        """See :meth:`Pager.window`."""
+        return self._pager.window(self.space)
 
     async def write_slots(self, slots: U64, pages: U8) -> None:
         """Whole pages; all or nothing. Of a slot that occurs twice the last page counts."""

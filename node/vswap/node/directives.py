@@ -19,16 +19,21 @@ from vswap.node.evacuator import Chooser, Evacuator, Moved
 from vswap.node.grants import Grants
 from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
+from vswap.node.lost import give_up
 from vswap.node.pacer import Pacer
+from vswap.node.reaper import Reaper
 from vswap.node.sweep import Sweeper
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
+from vswap.node.upkeep import Upkeep
 from vswap.tiers.record import I64
 from vswap.tiers.victims import below
-from vswap.wire.errors import OutOfTiers, UnknownTier, VswapError
+from vswap.wire.errors import OutOfTiers, TierUnavailable, UnknownTier, VswapError
 
 _RETRY_S = 0.5
 _ROUND_SEGMENTS = 48
+_SILENT_ROUNDS = 4
+"""A tier that is being given up has so many chances to answer."""
 
 
 logger = structlog.get_logger("vswap.node.directives")
@@ -40,6 +45,7 @@ class MoveKind(enum.IntEnum):
     DRAIN = 1
     MIGRATE = 2
     COMPACT = 3
+    REPAIR = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,8 @@ class Directive:
     older_than_s: float = 0.0
     target_utilisation: float = 0.9
     rate_bytes_s: int = 0
+    lost: bool = False
+    """Drain: give up what the tier does not have, or does not answer for."""
 
 
 @dataclass(slots=True)
@@ -64,6 +72,9 @@ class Progress:
     state: str = "running"
     reason: str = ""
     moved: Moved = field(default_factory=Moved)
+    pages_lost: int = 0
+    silent: int = 0
+    """How often in a row the tier did not answer."""
     pages_left: int = 0
     bytes_left: int = 0
 
@@ -80,6 +91,8 @@ class Directives:
         choosers: Choosers,
         grants: Grants,
         sweeper: Sweeper,
+        upkeep: Upkeep,
+        reaper: Reaper,
         *,
         clock: Callable[[], float],
         make_pacer: Callable[[int], Pacer],
@@ -91,6 +104,8 @@ class Directives:
         self._choosers = choosers
         self._grants = grants
         self._sweeper = sweeper
+        self._upkeep = upkeep
+        self._reaper = reaper
         self._clock = clock
         self._make_pacer = make_pacer
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -152,6 +167,7 @@ class Directives:
             MoveKind.DRAIN: self._drain,
             MoveKind.MIGRATE: self._migrate,
             MoveKind.COMPACT: self._compact,
+            MoveKind.REPAIR: self._repair,
         }[directive.kind]
         while True:
             try:
@@ -185,6 +201,8 @@ class Directives:
         await self._move(
             tier, self._evacuator.movable(tier), choose, slower + faster, progress, pacer
         )
+        if directive.lost:
+            await self._give_up(tier, progress)
         if tier.segments:
             if progress.moved.error is None and progress.moved.stayed:
                 raise OutOfTiers(
@@ -192,8 +210,39 @@ class Directives:
                 )
             await asyncio.sleep(0.05)
             return False
-        await self._sweeper.sweep(tier)
+        try:
+            await self._sweep_all(tier)
+        except VswapError:
+            if not directive.lost:
+                raise
         return True
+
+    async def _sweep_all(self, tier: Tier) -> None:
+        """Sweeps every server of the tier: nobody looks at it again once it is drained."""
+        backend = tier.redundant
+        away = backend.down if backend is not None else 0
+        await self._sweeper.sweep(tier)
+        away |= backend.down if backend is not None else 0
+        if away:
+            raise TierUnavailable(
+                f"{away.bit_count()} servers of tier {tier.name} are away, and may still hold "
+                "segments", tier=tier.name,
+            )  # fmt: skip
+
+    async def _give_up(self, tier: Tier, progress: Progress) -> None:
+        """Gives up what a round of a drain could not read: segments that the tier does not have;
+        and all of them, once it has not answered for several rounds."""
+        moved = progress.moved
+        progress.silent = progress.silent + 1 if moved.source_error is not None else 0
+        gone = progress.silent >= _SILENT_ROUNDS
+        segments = set(tier.segments) if gone else moved.unreadable & tier.segments.keys()
+        if segments:
+            lost = await give_up(tier, segments, self._ledger)
+            progress.pages_lost += lost
+            logger.error("gave up pages", tier=tier.name, pages=lost, answers=not gone)
+        if gone:
+            self._reaper.abandon(tier)
+            moved.error = None
 
     async def _migrate(
         self, directive: Directive, tier: Tier, progress: Progress, pacer: Pacer
@@ -245,6 +294,21 @@ class Directives:
         segments, live, stored = self._columns(tier)
         return (int(stored.sum()), len(segments)) == before
 
+    async def _repair(
+        self, directive: Directive, tier: Tier, progress: Progress, pacer: Pacer
+    ) -> bool:
+        """Writes degraded segments again, as long as that makes them less so."""
+        movable = set(self._evacuator.movable(tier))
+        picked = [h for h in self._upkeep.repairable(tier).tolist() if h in movable]
+        if not picked:
+            return await self._others_done(tier)
+        before = progress.moved.pages
+        await self._move(tier, picked, self._choosers.rewrite(), [tier], progress, pacer)
+        if progress.moved.error is None and progress.moved.pages == before:
+            # What is left of them is being deleted, or read.
+            await asyncio.sleep(0.05)
+        return False
+
     async def _others_done(self, tier: Tier) -> bool:
         """Nothing is left to pick; what another evacuation has in hand may yet come back."""
         if not self._evacuator.busy_in(tier):
@@ -257,7 +321,8 @@ class Directives:
         progress: Progress, pacer: Pacer, until: Callable[[], bool] | None = None,
     ) -> None:  # fmt: skip
         progress.moved.stayed = 0
-        progress.moved.error = None
+        progress.moved.error = progress.moved.source_error = None
+        progress.moved.unreadable.clear()
         for start in range(0, len(segments), _ROUND_SEGMENTS):
             part = segments[start : start + _ROUND_SEGMENTS]
             need = int(self._handles.live_bytes[part].sum())
@@ -310,6 +375,8 @@ class Directives:
         segments, live, stored = self._columns(tier)
         if directive.kind is MoveKind.COMPACT:
             segments = segments[below(live, stored, directive.target_utilisation)]
+        elif directive.kind is MoveKind.REPAIR:
+            segments = self._upkeep.repairable(tier)
         else:
             segments = np.array(self._old_enough(tier, directive.older_than_s), np.int64)
         progress.bytes_left = int(self._handles.live_bytes[segments].sum())

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ import structlog
 
 from vswap.node import entry
 from vswap.node.codecs import Codecs
-from vswap.node.handles import OPEN, SEALED, Handles
+from vswap.node.handles import DAMAGED, OPEN, SEALED, Handles
 from vswap.node.ledger import Ledger, by_space
 from vswap.node.log import MOVED
 from vswap.node.pacer import Pacer, Unpaced
@@ -36,7 +36,8 @@ from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
 from vswap.tiers import ram
-from vswap.tiers.record import U8, U32, U64, Mask, Records, meta_page_bytes
+from vswap.tiers.backend import Buffer
+from vswap.tiers.record import U8, U32, U64, Mask, Records, concatenate, meta_page_bytes
 from vswap.tiers.segment import parse
 from vswap.wire.errors import PageCorrupt, PageLost, VswapError
 
@@ -70,6 +71,10 @@ class Moved:
     error: VswapError | None = None
     stayed: int = 0
     """Records that found no destination."""
+    source_error: VswapError | None = None
+    """Why the source did not answer."""
+    unreadable: set[int] = field(default_factory=set)
+    """Segments that the source does not have, or that fail their check as a whole."""
 
 
 @dataclass(slots=True)
@@ -188,6 +193,12 @@ class Evacuator:
             run.moved.error = run.unreadable
         return run.moved
 
+    async def verify(self, tier: Tier, handle: int) -> None:
+        """Reads a pinned segment and sets aside what fails its check. Raises what :meth:`evacuate`
+        tells in :attr:`Moved.error`; PageLost or PageCorrupt: it cannot be read at all."""
+        if self._handles.live_records[handle]:
+            await self._read(tier, handle)
+
     # ---------------------------------------------------------------- steps 1 to 4
 
     async def _segment(self, run: _Run, tier: Tier, handle: int, choose: Chooser) -> None:
@@ -198,9 +209,10 @@ class Evacuator:
         except (PageLost, PageCorrupt) as error:
             # It keeps a drain open, but must not hold up its neighbours.
             run.unreadable = error
+            run.moved.unreadable.add(handle)
             return
         except VswapError as error:
-            run.moved.error = error
+            run.moved.error = run.moved.source_error = error
             return
         words = entry.tier_words(tier.tag, handle, loc)
         for start in range(0, len(records), CHOOSE_RECORDS):
@@ -244,18 +256,54 @@ class Evacuator:
             records, loc = ram.read_block(block, int(row["records"]), name)
             ok = await self._verify(records)
             return self._quarantine(tier, handle, records, loc, ok)
-        for attempt in range(_REREADS + 1):
-            data = await self._reader.segment(tier, handle)
+        parsed, error = None, None
+        async for data in self._readings(tier, handle):
             try:
                 parsed = parse(data, tier.segment_name(handle))
-            except PageCorrupt:
-                if attempt == _REREADS:
-                    raise
+            except PageCorrupt as unreadable:
+                error = unreadable
                 continue
             if parsed.whole:
                 return parsed.records, parsed.loc
-        ok = await self._verify(parsed.records)
-        return self._quarantine(tier, handle, parsed.records, parsed.loc, ok)
+        if parsed is None:
+            raise error or PageCorrupt(f"segment {tier.segment_name(handle).key} is unreadable")
+        records, loc = parsed.records, parsed.loc
+        ok = await self._verify(records)
+        if not ok.all():
+            records, loc, ok = await self._heal(tier, handle, records, loc, ok)
+        return self._quarantine(tier, handle, records, loc, ok)
+
+    async def _readings(self, tier: Tier, handle: int) -> AsyncIterator[Buffer]:
+        """A segment as its tier gives it, more than once, and then in all other ways it can."""
+        for _ in range(_REREADS + 1):
+            yield await self._reader.segment(tier, handle)
+        async for data in self._reader.segments(tier, handle):
+            self._handles.rows["lacking"][handle] |= DAMAGED
+            yield data
+
+    async def _heal(
+        self, tier: Tier, handle: int, records: Records, loc: U32, ok: Mask
+    ) -> tuple[Records, U32, Mask]:
+        """Looks for damaged live records one by one, where nothing gave the segment whole."""
+        wanted = np.flatnonzero(~ok & self._ledger.live(records, tier.tag, handle, loc))
+        keep = np.ones(len(records), np.bool_)
+        parts, locs = [], []
+        for number, index in by_space(records.space[wanted]):
+            index = wanted[index]
+            found, healed = await self._reader.elsewhere(
+                tier, number, records.slot[index].astype(np.uint64),
+                entry.tier_words(tier.tag, handle, loc[index]),
+            )  # fmt: skip
+            if found is not None:
+                parts.append(found)
+                locs.append(loc[index[healed]])
+                keep[index[healed]] = False
+        healed_ok = np.ones(sum(map(len, parts)), np.bool_)
+        return (
+            concatenate([records.take(keep), *parts]),
+            np.concatenate([loc[keep], *locs]),
+            np.concatenate([ok[keep], healed_ok]),
+        )
 
     async def _verify(self, records: Records) -> Mask:
         parts = []

@@ -13,6 +13,8 @@ from vswap.node.tier import Tier, TierState
 
 _CHUNK_BYTES = 32 * 2**20
 _WAIT_S = 2.0
+_GRACE_S = 10.0
+"""A coordinator that was there so long ago is waited for: it may just be restarted."""
 
 
 class Grants:
@@ -23,9 +25,16 @@ class Grants:
         self._asked: dict[str, int] = {}
         self.wanted: Callable[[str, int], None] | None = None
         """Set while the coordinator is connected."""
+        self._connected = asyncio.Event()
+        self._left_at_s = float("-inf")
 
     def connect(self, wanted: Callable[[str, int], None] | None) -> None:
         """Hands in what sends a request; None while the coordinator is away."""
+        if wanted is not None:
+            self._connected.set()
+        elif self.wanted is not None:
+            self._connected.clear()
+            self._left_at_s = asyncio.get_running_loop().time()
         self.wanted = wanted
         # What was asked and not answered on an older stream never will be.
         self._asked.clear()
@@ -70,7 +79,12 @@ class Grants:
 
     async def want(self, tier: Tier, need_bytes: int) -> bool:
         """Asks and waits a little; True if the tier now has room for ``need_bytes``."""
-        if tier.local or self.wanted is None or not tier.writable:
+        if tier.local or not tier.writable or tier.limit_bytes >= tier.spec.capacity_bytes:
+            return False
+        try:
+            async with asyncio.timeout_at(self._left_at_s + _GRACE_S):
+                await self._connected.wait()
+        except TimeoutError:
             return False
         self._asked.pop(tier.name, None)
         tier.room_changed.clear()

@@ -31,6 +31,10 @@ from vswap.wire.errors import InternalError, StateInvalid
 FREE, OPEN, WRITING, SEALED, DELETING = range(5)
 STATE_BITS = 4
 
+DAMAGED = 1 << 15
+"""In a row's ``lacking``: some server's part is bad, nobody knows whose. The other bits stand for
+the servers of a redundant tier, by place: that one's part is missing."""
+
 MAGIC = b"VSWAPSHD"
 VERSION = 2
 FILE = "shard"
@@ -59,7 +63,8 @@ _ROW = np.dtype(
         ("records", "<u4"),
         ("block", "<u4"),
         ("tag", "u1"),
-        ("_reserved", "V31"),
+        ("lacking", "<u2"),
+        ("_reserved", "V29"),
     ]
 )
 assert _ROW.itemsize == 64
@@ -72,8 +77,17 @@ def boot_id() -> bytes:
 
 
 def begun(region: Region) -> bool:
-    """Whether a shard is there. The magic comes last, so half of a first start does not count."""
+    """Whether a shard is there. The magic comes last, so half of a first start does not count.
+
+    Raises StateInvalid where only the rest of one is there: its pages would be lost unsaid.
+    """
     if not region.exists(FILE):
+        if any(region.directory.glob("*.table")):
+            raise StateInvalid(
+                f"{region.directory / FILE} is missing, though tables are there; put it back, or "
+                "start with --fresh and lose the pages",
+                path=str(region.directory / FILE),
+            )
         return False
     with open(region.directory / FILE, "rb") as file:
         return any(file.read(len(MAGIC)))
@@ -95,7 +109,7 @@ class Handles:
             self._map.reserve(0, _HEADER_BYTES)
         self._header = self._map.array(_HEADER, 0, 1)
         self.rows = self._map.array(_ROW, _HEADER_BYTES, MAX_HANDLES)
-        self.blocks: NDArray[np.uint32] = self.rows["block"]
+        self._name_columns()
         """Of segments in RAM: the block of the arena."""
         self._allocated = 0
         """Rows whose memory is reserved; all handles handed out lie below."""
@@ -108,6 +122,7 @@ class Handles:
             self._start(*fresh)
         else:
             self._check()
+        self.shard = UUID(bytes=self._header["shard"][0].tobytes())
         self._key = shard_key(self.shard)
         if not fresh:
             self._load()
@@ -148,10 +163,6 @@ class Handles:
     # ---------------------------------------------------------------- header
 
     @property
-    def shard(self) -> UUID:
-        return UUID(bytes=self._header["shard"][0].tobytes())
-
-    @property
     def boot(self) -> bytes:
         return bytes(self._header["boot"][0].tobytes())
 
@@ -179,6 +190,13 @@ class Handles:
 
     # ---------------------------------------------------------------- rows
 
+    def _name_columns(self) -> None:
+        """Views of what stores and loads look up: a field of a row takes five times as long."""
+        rows = self.rows
+        self.blocks: NDArray[np.uint32] = rows["block"]
+        self.payloads: NDArray[np.uint32] = rows["payload"]
+        self.counts: NDArray[np.uint32] = rows["records"]
+
     def states(self, handles: I64) -> NDArray[np.uint8]:
         return (self.rows["word"][handles] & np.uint64(15)).astype(np.uint8)
 
@@ -204,7 +222,7 @@ class Handles:
         self._header["next_serial"][0] = serial + 1
         row = self.rows[handle]
         row["born"], row["tag"], row["block"], row["stored"] = now, tag, block, stored
-        row["payload"] = row["records"] = 0
+        row["payload"] = row["records"] = row["lacking"] = 0
         self.live_bytes[handle] = self.live_records[handle] = self.pins[handle] = 0
         self.salts[handle] = salt(self._key, serial)
         self.rows["word"][handle] = serial << STATE_BITS | state
@@ -215,6 +233,12 @@ class Handles:
 
     def set_state(self, handle: int, state: int) -> None:
         self.rows["word"][handle] = self.serial(handle) << STATE_BITS | state
+
+    def find(self, serial: int) -> int | None:
+        """The handle of a segment. Looks at every row."""
+        serials = self.rows["word"][: self._allocated] >> np.uint64(STATE_BITS)
+        found = np.flatnonzero(serials == np.uint64(serial))
+        return int(found[0]) if len(found) else None
 
     def recycle(self, handle: int) -> None:
         if self.pins[handle] or self.live_records[handle]:
@@ -238,8 +262,17 @@ class Handles:
         """Handles of every row that is not FREE."""
         return np.flatnonzero(self.rows["word"][: self._allocated]).astype(np.int64)
 
+    def spare(self) -> I64:
+        """Handles that a new segment may get."""
+        return np.fromiter(self._free, np.int64, len(self._free))
+
+    @property
+    def allocated(self) -> int:
+        """All rows in use or spare lie below."""
+        return self._allocated
+
     def close(self) -> None:
         self._header = self._header.copy()
         self.rows = self.rows[:0].copy()
-        self.blocks = self.rows["block"]
+        self._name_columns()
         self._map.close()

@@ -16,6 +16,7 @@ from vswap.node import entry
 from vswap.node.handles import Handles
 from vswap.node.spaces import Space, Spaces
 from vswap.tiers.record import I64, ROW_BYTES, SIZE_BITS, U32, U64, Mask, Records
+from vswap.tiers.segment import Directory
 
 _TAG_AND_SIZE = np.uint64(15 << 60 | (1 << SIZE_BITS) - 1)
 
@@ -29,8 +30,12 @@ class Ledger:
         self.pages_by_tag: I64 = np.zeros(entry.TAGS, np.int64)
         self.bytes_by_tag: I64 = np.zeros(entry.TAGS, np.int64)
         self.logical_by_tag: I64 = np.zeros(entry.TAGS, np.int64)
+        self.lost_by_tag: I64 = np.zeros(entry.TAGS, np.int64)
+        """Pages that were given up, by the tier that they were in."""
         self.on_dead: Callable[[int], None] = lambda handle: None
         """Called with a handle whose last live record went."""
+        self.watchers: list[Callable[[Space, U64, U64, U64], None]] = []
+        """Called after every change with (space, slots, what they said, what they say now)."""
 
     def flip(self, space: Space, slots: U64, words: U64, old: U64) -> None:
         """Sets entries; ``old`` are the entries of these slots now; slots are distinct."""
@@ -38,37 +43,45 @@ class Ledger:
         left = self._account(space, old, -1)
         self._account(space, words, +1)
         space.peak_bytes = max(space.peak_bytes, space.live_bytes)
+        self._tell(space, slots, old, words)
         self._bury(left)
 
-    def flip_raw(
-        self, space: Space, slots: U64, words: U64, tag: int, size: int,
-        places: list[tuple[int, int]],
+    def put(
+        self, space: Space, slots: U64, words: U64, tag: int, places: list[tuple[int, int, int]],
+        size: int = 0,
     ) -> None:  # fmt: skip
-        """:meth:`flip` to entries that all point at records of ``size`` bytes in one tier, with
-        half the numpy calls where they replace the like. ``places``: (handle, how many) of them.
+        """:meth:`flip` to entries that all point into one tier, whatever these slots say now.
+        ``places``: (handle, pages, bytes with directory rows) of them. ``size`` of every record,
+        if it is the same: half the numpy calls where they replace the like.
 
         Raises OutOfTiers when shared memory is full; nothing changed then.
         """
-        books, n, cost = self.handles, len(slots), size + ROW_BYTES
+        books, n = self.handles, len(slots)
         old = space.table.exchange(slots, words)
         like = np.uint64(tag << 60 | size >> 4)
-        if np.count_nonzero((old & _TAG_AND_SIZE) == like) == n:
+        if size and np.count_nonzero((old & _TAG_AND_SIZE) == like) == n:
             handles = entry.handles(old)
-            np.subtract.at(books.live_bytes, handles, cost)
+            np.subtract.at(books.live_bytes, handles, size + ROW_BYTES)
             np.subtract.at(books.live_records, handles, 1)
             left = [handles]
         else:
             left = self._account(space, old, -1)
+            cost = sum(amount for _, _, amount in places)
             space.pages_by_tag[tag] += n
             self.pages_by_tag[tag] += n
             self.logical_by_tag[tag] += n * space.page_bytes
-            space.bytes_by_tag[tag] += n * cost
-            self.bytes_by_tag[tag] += n * cost
+            space.bytes_by_tag[tag] += cost
+            self.bytes_by_tag[tag] += cost
             space.peak_bytes = max(space.peak_bytes, space.live_bytes)
-        for handle, count in places:
-            books.live_bytes[handle] += count * cost
+        for handle, count, amount in places:
+            books.live_bytes[handle] += amount
             books.live_records[handle] += count
+        self._tell(space, slots, old, words)
         self._bury(left)
+
+    def _tell(self, space: Space, slots: U64, old: U64, words: U64) -> None:
+        for watch in self.watchers:
+            watch(space, slots, old, words)
 
     def _bury(self, left: list[I64]) -> None:
         """Tells of segments whose last live record went."""
@@ -93,10 +106,10 @@ class Ledger:
             self.flip(space, slots[same], words[index][same], now[same])
         return moved
 
-    def live(self, records: Records, tag: int, handle: int, loc: U32) -> Mask:
+    def live(self, records: Records | Directory, tag: int, handle: int, loc: U32) -> Mask:
         """Which records of a segment are live: the entry of their slot points at them."""
         words = entry.tier_words(tag, handle, loc)
-        alive = np.zeros(len(records), np.bool_)
+        alive = np.zeros(len(loc), np.bool_)
         for number, index in by_space(records.space):
             space = self.spaces.by_number.get(number)
             if space is None:
@@ -151,6 +164,9 @@ class Ledger:
         self.pages_by_tag[tag] += pages
         self.logical_by_tag[tag] += pages * space.page_bytes
         if not entry.FIRST_TIER <= tag <= entry.LAST_TIER:
+            if tag == entry.POISON:
+                lost = words[entry.lows(words) == entry.POISON_LOST]
+                np.add.at(self.lost_by_tag, entry.handles(lost), sign)
             return None
         handles = entry.handles(words)
         cost = entry.sizes(words)

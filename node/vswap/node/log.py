@@ -18,13 +18,28 @@ from vswap.node.handles import DELETING, OPEN, SEALED, WRITING, Handles
 from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier, TierState
 from vswap.tiers import ram
-from vswap.tiers.backend import Read
-from vswap.tiers.record import HEADER_BYTES, ROW_BYTES, U8, U64, Records, concatenate, cut
+from vswap.tiers.backend import Buffer, Read
+from vswap.tiers.record import (
+    HEADER_BYTES,
+    ROW_BYTES,
+    U8,
+    U64,
+    Records,
+    concatenate,
+    cut,
+    hashes,
+    identity,
+    join,
+    sizes,
+)
 from vswap.tiers.segment import build, segment_size
-from vswap.wire.errors import OutcomeUnknown, OutOfTiers, PageCorrupt, VswapError
+from vswap.wire.errors import OutcomeUnknown, OutOfTiers, TierUnavailable, VswapError
 
 STORES, MOVED = 0, 1
 """The two open blocks of a RAM log: what clients store, and what survived an evacuation."""
+
+_PADDING_SHIFT, _CODEC_SHIFT = np.uint64(8), np.uint64(12)
+"""Of a record's meta."""
 
 _TRANSFERS = 3
 """Writes in flight per tier. One in flight halves the speed of a drain; more gain nothing."""
@@ -67,45 +82,108 @@ class RamLog:
         head = self._heads[stream]
         if head is None:
             return 0
-        row = self._handles.rows[head]
-        used = int(row["payload"]) + int(row["records"]) * ROW_BYTES
+        used = int(self._handles.payloads[head]) + int(self._handles.counts[head]) * ROW_BYTES
         return self._arena.block_bytes - used
 
     def place(self, records: Records, stream: int) -> Placed:
         """Appends; all or nothing. Raises OutOfTiers when the tier or shared memory is full."""
         cost = records.cost
+        total = int(cost.sum())
+        head = self._heads[stream]
+        if head is not None and total <= self._head_room(stream):
+            self._handles.pins[head] += 1
+            return Placed(self._append(head, records), [head])
         runs = cut(cost, self._head_room(stream), self._arena.block_bytes)
-        placed, places = self._open(runs, stream, lambda: int(cost.sum()))
+        placed, places = self._open(runs, stream, lambda: total)
         for run, handle in places:
             placed.words[run] = self._append(handle, records.take(run))
         return placed
 
-    def place_raw(
-        self, pages: U8, space: int, slots: U64, sums: U64, meta: int
-    ) -> tuple[Placed, list[tuple[int, int]]]:
-        """:meth:`place` for pages (n, page_bytes) as they are, of one space and one store; ``sums``
-        (n,) are portable. Also answers how many went to each segment: (handle, pages)."""
-        n, page_bytes = pages.shape
+    def window(self, page_bytes: int) -> U8:
+        """Where the next pages that are stored as they are will lie: (n, record bytes), n > 0, the
+        pages behind their headers. Nobody reads them before :meth:`place_raw` counts them, and
+        anything else that is placed overwrites them.
+
+        Raises OutOfTiers when the tier or shared memory is full.
+        """
         size = page_bytes + HEADER_BYTES
+        head = self._heads[STORES]
+        if head is None or self._head_room(STORES) < size + ROW_BYTES:
+            if not self._blocks(STORES) > 0:
+                raise OutOfTiers(f"tier {self._tier.name} is full", tier=self._tier.name)
+            fresh = self._new_block()
+            self._heads[STORES] = fresh
+            self._handles.pins[fresh] -= 1
+            if head is not None:
+                self._reaper.consider(head)
+            head = fresh
+        block = self._view(head)
+        most = self._head_room(STORES) // (size + ROW_BYTES)
+        return ram.places_raw(block, size, int(self._handles.payloads[head]), most)
+
+    def place_raw(
+        self, pages: U8 | None, page_bytes: int, space: int, slots: U64, sums: U64, meta: int
+    ) -> tuple[Placed, list[tuple[int, int, int]]]:
+        """:meth:`place` for pages (n, page_bytes) as they are, of one space and one store; None =
+        they lie in the :meth:`window`. ``sums`` (n,) are portable.
+
+        Also answers how much went to each segment: (handle, pages, bytes with directory rows).
+        """
+        n, size = len(slots), page_bytes + HEADER_BYTES
         cost = size + ROW_BYTES
         end = min(n, self._head_room(STORES) // cost)
         runs, most = [slice(0, end)], self._arena.block_bytes // cost
         while end < n:
             runs.append(slice(end, end := min(n, end + most)))
         placed, places = self._open(runs, STORES, lambda: n * cost)
+        payloads, counts = self._handles.payloads, self._handles.counts
         for run, handle in places:
-            row = self._handles.rows[handle]
-            payload, count = int(row["payload"]), int(row["records"])
+            payload, count = int(payloads[handle]), int(counts[handle])
             loc = ram.append_raw(
-                self._arena.view(int(row["block"])), pages[run], space=space, slots=slots[run],
-                sums=sums[run], meta=meta, payload=payload, count=count,
-                own=self._handles.salts[handle],
+                self._view(handle), None if pages is None else pages[run],
+                space=space, slots=slots[run], sums=sums[run], meta=meta, size=size,
+                payload=payload, count=count, own=self._handles.salts[handle],
             )  # fmt: skip
-            row["payload"] = payload + len(loc) * size
-            row["records"] = count + len(loc)
+            payloads[handle] = payload + len(loc) * size
+            counts[handle] = count + len(loc)
             loc |= np.uint64(self._tier.tag << 60 | handle << 32)
             placed.words[run] = loc
-        return placed, [(handle, run.stop - run.start) for run, handle in places]
+        shares = [(handle, run.stop - run.start) for run, handle in places]
+        return placed, [(handle, share, share * cost) for handle, share in shares]
+
+    def place_encoded(
+        self, encoded: Sequence[Buffer], ids: U8, space: int, slots: U64, meta: int
+    ) -> tuple[Placed, list[tuple[int, int, int]]]:
+        """:meth:`place` for freshly encoded pages of one space and one store; ``meta`` is that of a
+        raw page. Answers as :meth:`place_raw`."""
+        size, padding = sizes(encoded)
+        cost = size + ROW_BYTES
+        total, room = int(cost.sum()), self._head_room(STORES)
+        runs = [slice(0, len(cost))]
+        if total > room:
+            runs = cut(cost, room, self._arena.block_bytes)
+        metas = padding.view(np.uint64) << _PADDING_SHIFT
+        metas |= ids.astype(np.uint64) << _CODEC_SHIFT
+        metas |= np.uint64(meta)
+        sums = identity(space, slots, metas)
+        sums ^= hashes(encoded)
+        placed, places = self._open(runs, STORES, lambda: total)
+        payloads, counts = self._handles.payloads, self._handles.counts
+        amounts = []
+        for run, handle in places:
+            payload, count = int(payloads[handle]), int(counts[handle])
+            data = join(encoded[run], padding[run])
+            words = ram.append_encoded(
+                self._view(handle), data, size[run], space=space,
+                slots=slots[run], sums=sums[run], meta=metas[run],
+                payload=payload, count=count, own=self._handles.salts[handle],
+            )  # fmt: skip
+            payloads[handle] = payload + len(data)
+            counts[handle] = count + len(words)
+            words |= np.uint64(self._tier.tag << 60 | handle << 32)
+            placed.words[run] = words
+            amounts.append((handle, len(words), len(data) + len(words) * ROW_BYTES))
+        return placed, amounts
 
     def _open(
         self, runs: list[slice], stream: int, need: Callable[[], int]
@@ -153,15 +231,18 @@ class RamLog:
         self._handles.pins[handle] += 1
         return handle
 
+    def _view(self, handle: int) -> U8:
+        return self._arena.view(int(self._handles.blocks[handle]))
+
     def _append(self, handle: int, records: Records) -> U64:
-        row = self._handles.rows[handle]
-        own = self._handles.salts[handle]
-        payload, count = int(row["payload"]), int(row["records"])
+        payloads, counts = self._handles.payloads, self._handles.counts
+        payload, count = int(payloads[handle]), int(counts[handle])
         loc = ram.append(
-            self._arena.view(int(row["block"])), records, payload=payload, count=count, own=own
-        )
-        row["payload"] = payload + int(records.size.sum())
-        row["records"] = count + len(records)
+            self._view(handle), records, payload=payload, count=count,
+            own=self._handles.salts[handle],
+        )  # fmt: skip
+        payloads[handle] = payload + int(records.size.sum())
+        counts[handle] = count + len(records)
         return entry.tier_words(self._tier.tag, handle, loc)
 
 
@@ -191,7 +272,8 @@ class SegmentLog:
             records = concatenate(parts)
             runs = cut(records.cost, room, room)
             segments = [[records.take(run)] for run in runs if run.stop > run.start]
-        need = sum(map(segment_size, segments))
+        stripes = self._tier.backend.stripes
+        need = sum(segment_size(segment, stripes) for segment in segments)
         if need > self._tier.room(compacting=compacting):
             raise OutOfTiers(
                 f"tier {self._tier.name} has no room for {need} bytes", tier=self._tier.name,
@@ -229,7 +311,8 @@ class SegmentLog:
             self._reaper.unpin(write.result()[1])
 
     async def _write(self, parts: Sequence[Records]) -> tuple[U64, int]:
-        stored = segment_size(parts)
+        stripes = self._tier.backend.stripes
+        stored = segment_size(parts, stripes)
         handle = self._handles.create(self._tier.tag, WRITING, self._now(), stored=stored)
         self._handles.pins[handle] += 1
         self._tier.segments[handle] = None
@@ -237,7 +320,7 @@ class SegmentLog:
         name = self._tier.segment_name(handle)
         try:
             async with self._transfers:
-                built = build(parts, name)
+                built = build(parts, name, stripes)
                 await self._tier.backend.put(name, built.data.data)
                 if self._tier.spec.verify_writes:
                     await self._read_back(handle, built.data.data)
@@ -256,9 +339,10 @@ class SegmentLog:
         return entry.tier_words(self._tier.tag, handle, built.loc), handle
 
     async def _read_back(self, handle: int, data: memoryview) -> None:
-        read = Read(self._tier.segment_name(handle), 0, len(data))
+        read = Read(self._tier.segment_name(handle), 0, len(data), len(data))
         [got] = await self._tier.backend.get([read])
         if isinstance(got, VswapError):
             raise OutcomeUnknown(f"tier {self._tier.name}: read-back failed: {got}")
         if got != data:
-            raise PageCorrupt(f"tier {self._tier.name} did not keep what it acknowledged")
+            # To the caller it is as if nothing had been written: the tier is passed over.
+            raise TierUnavailable(f"tier {self._tier.name} did not keep what it acknowledged")

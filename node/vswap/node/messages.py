@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.metadata import version
 
+from vswap.node.differences import Checked
 from vswap.node.directives import Directive, MoveKind, Progress
 from vswap.node.report import TierUsage
 from vswap.node.shard import Shard
-from vswap.v1 import common_pb2
+from vswap.v1 import common_pb2, node_pb2
 from vswap.v1 import coordinator_pb2 as pb
 
 
@@ -47,6 +48,17 @@ def usage(of: TierUsage) -> common_pb2.TierUsage:
     return common_pb2.TierUsage(**fields)
 
 
+def checked(seen: Checked, *, done: bool) -> node_pb2.CheckProgress:
+    """The differences go with the last message."""
+    told = node_pb2.CheckProgress(
+        slots=seen.slots, segments=seen.segments, listed=seen.listed, found=seen.found,
+        skipped=seen.skipped, done=done,
+    )  # fmt: skip
+    if done:
+        told.differences.extend(node_pb2.Difference(**asdict(item)) for item in seen.differences)
+    return told
+
+
 def directive(message: pb.Directive) -> Directive:
     """Raises ValueError for a kind that this node does not know."""
     return Directive(
@@ -58,6 +70,7 @@ def directive(message: pb.Directive) -> Directive:
         older_than_s=message.older_than_s,
         target_utilisation=message.target_utilisation or 0.9,
         rate_bytes_s=message.rate_bytes_s,
+        lost=message.lost,
     )
 
 
@@ -75,6 +88,7 @@ def _progress(progress: Progress) -> pb.DirectiveProgress:
         bytes_moved=moved.bytes,
         logical_bytes_moved=moved.logical_bytes,
         segments_freed=moved.segments,
+        pages_lost=progress.pages_lost,
         pages_left=progress.pages_left,
         bytes_left=progress.bytes_left,
     )

@@ -57,6 +57,8 @@ from vswap.wire.errors import (
 _ZERO_PAGE = memoryview(bytes(MAX_PAGE_BYTES))
 _WARM_EVERY = 4
 """Of so many batches that are peeked at in RAM one counts as warmth: a sample tells as much."""
+_INLINE_PAGES = 64
+"""Pages that are encoded in the turn in which they arrive, as many as a socket holds: 0.7 ms."""
 _MAX_TOKENS = 4096
 _REREADS = 2
 _RECLAIM_DEADLINE_S = 10.0
@@ -154,41 +156,85 @@ class Pager:
         finally:
             self._tickets.end(space.number, listed)
 
-    def store_now(self, space: Space, slots: U64, pages: U8) -> bool:
-        """:meth:`store` in one turn, where the fastest tier is RAM that keeps pages as they are and
-        has room. False = nothing happened: ask :meth:`store`, which waits, or says what is wrong.
+    def store_now(self, space: Space, slots: U64, pages: U8, hashes: U64 | None = None) -> bool:
+        """:meth:`store` in one turn, where the fastest tier is RAM and has room, and the pages are
+        few or stored as they are. False = nothing happened: ask :meth:`store`, which waits, or
+        says what is wrong.
+
+        With ``hashes`` (n,), their xxh3, the pages are the first ones of the :meth:`window`, and
+        the slots are distinct.
         """
-        if space.deleted or space.limits.quota_bytes or space.limits.tier_max_bytes:
+        tier = self._fast_tier(space)
+        if tier is None or not (tier.codec.is_none or len(slots) <= _INLINE_PAGES):
             return False
-        tier = next((t for t in self._tiers.ranked if space.limits.allows(t.name)), None)
-        if tier is None or tier.ram is None or not tier.codec.is_none or not tier.writable:
-            return False
-        listed = slots.tolist()
-        if len(set(listed)) < len(listed):
+        if hashes is None and len(set(slots.tolist())) < len(slots):
             return False
         self._check(space, slots)
         fills, _ = find_fills(pages)
         if np.count_nonzero(fills):
             return False
         ticket = self._handles.take_sequences(1)
-        meta = raw_meta(ticket, space.page_shift)
-        sums = np.fromiter(map(xxh3_64_intdigest, pages), np.uint64, len(pages))
-        sums ^= identity(space.number, slots, meta)
-        log = self._tiers.ram_log(tier)
         try:
-            placed, places = log.place_raw(pages, space.number, slots, sums, meta)
+            if tier.codec.is_none:
+                self._put_raw(space, tier, slots, pages, hashes, ticket)
+            else:
+                self._put_encoded(space, tier, slots, pages, ticket)
         except OutOfTiers:
             return False
-        try:
-            size = space.page_bytes + HEADER_BYTES
-            self._ledger.flip_raw(space, slots, placed.words, tier.tag, size, places)
-        except OutOfTiers:
-            return False
-        finally:
-            log.settle(placed)
-        self._tickets.flip(space.number, listed, ticket)
+        self._tickets.flip(space.number, slots, ticket)
         self.counters["pages_stored"] += len(slots)
         return True
+
+    def _put_raw(
+        self, space: Space, tier: Tier, slots: U64, pages: U8, hashes: U64 | None, ticket: int
+    ) -> None:
+        meta = raw_meta(ticket, space.page_shift)
+        source = pages if hashes is None else None
+        if hashes is None:
+            hashes = np.fromiter(map(xxh3_64_intdigest, pages), np.uint64, len(pages))
+        sums = identity(space.number, slots, meta)
+        sums ^= hashes
+        log = self._tiers.ram_log(tier)
+        placed, places = log.place_raw(
+            source, space.page_bytes, space.number, slots, sums, meta
+        )  # fmt: skip
+        try:
+            size = space.page_bytes + HEADER_BYTES
+            self._ledger.put(space, slots, placed.words, tier.tag, places, size)
+        finally:
+            log.settle(placed)
+
+    def _put_encoded(self, space: Space, tier: Tier, slots: U64, pages: U8, ticket: int) -> None:
+        encoded, ids = tier.codec.encode(pages)
+        log = self._tiers.ram_log(tier)
+        meta = raw_meta(ticket, space.page_shift)
+        placed, places = log.place_encoded(encoded, ids, space.number, slots, meta)
+        try:
+            self._ledger.put(space, slots, placed.words, tier.tag, places)
+        finally:
+            log.settle(placed)
+
+    def window(self, space: Space) -> U8 | None:
+        """Where :meth:`store_now` would put the next pages, so that whoever receives pages can
+        receive them there: (n, record bytes), each page behind its header. None = not now. Good
+        until the caller gives way to the event loop, or stores anything."""
+        tier = self._fast_tier(space)
+        if tier is None or not tier.codec.is_none:
+            return None
+        try:
+            return self._tiers.ram_log(tier).window(space.page_bytes)
+        except OutOfTiers:
+            return None
+
+    def _fast_tier(self, space: Space) -> Tier | None:
+        """The fastest tier, if it is RAM and takes pages, without a limit to be looked at."""
+        limits = space.limits
+        if space.deleted or limits.quota_bytes or limits.tier_max_bytes:
+            return None
+        for tier in self._tiers.ranked:
+            if limits.allows(tier.name):
+                return tier if tier.ram is not None and tier.writable else None
+        return None
 
     async def fill(self, space: Space, slots: U64, pattern: int = 0) -> None:
         """Stores the same fill page in distinct slots; see :meth:`store`. One turn."""
@@ -345,7 +391,9 @@ class Pager:
                     break
                 except OutOfTiers as error:
                     refused[tier] = error
-                    if not patient or not await self._want_grant(tier, need):
+                    # What the log needs is more than the records: it may take several segments.
+                    wanted = int(error.fields.get("need", need))
+                    if not patient or not await self._want_grant(tier, wanted):
                         break
                 except (TierUnavailable, OutcomeUnknown):
                     break
@@ -449,12 +497,11 @@ class Pager:
         won = self._tickets.winners(space.number, listed, ticket)
         if won is not None:
             slots, words = slots[won], words[won]
-            listed = slots.tolist()
         if space.limits.quota_bytes or space.limits.tier_max_bytes:
             self._check_all(space, slots, words)
         space.table.reserve(slots)
         self._ledger.flip(space, slots, words, space.table.get(slots))
-        self._tickets.flip(space.number, listed, ticket)
+        self._tickets.flip(space.number, slots, ticket)
 
     # ---------------------------------------------------------------- load
 
@@ -565,11 +612,16 @@ class Pager:
     ) -> None:
         """Verifies, decodes and scatters the records of one tier; raises if one is no good.
 
-        A record that fails its check is read again, since a bad transfer is not a bad copy.
+        A record that fails its check is read again, since a bad transfer is not a bad copy; and
+        then from wherever else its tier has it.
         """
-        for index, error in found.failed:
-            bad = slots[index].tolist()
+        if found.failed:
+            error = found.failed[0][1]
             kind = type(error)
+            # What else it lacks, a listing tells.
+            found.tier.suspect = True
+            same = [index for index, other in found.failed if type(other) is kind]
+            bad = slots[np.sort(np.concatenate(same))].tolist()
             raise kind(
                 f"space {space.name!r}: {len(bad)} pages in tier {found.tier.name}: {error}",
                 **{**error.fields, "space": space.name, "slots": bad, "tier": found.tier.name},
@@ -589,6 +641,17 @@ class Pager:
             )
             await self._deliver(space, slots, words, again, out, reads + 1)
             return
+        if found.tier.ram is None and reads == _REREADS:
+            records, healed = await self._reader.elsewhere(
+                found.tier, space.number, slots[bad_index], words[bad_index]
+            )
+            if records is not None:
+                good = Found(found.tier, bad_index[healed], records, [])
+                await self._deliver(space, slots, words, good, out, reads + 1)
+                self.counters["healed_pages"] += len(records)
+                bad_index = bad_index[~healed]
+                if not len(bad_index):
+                    return
         self.counters["corrupt_pages"] += len(bad_index)
         raise PageCorrupt(
             f"space {space.name!r}: {len(bad_index)} pages in tier {found.tier.name} fail "
@@ -682,7 +745,7 @@ class Pager:
         old = space.table.get(slots)
         used = slots[old != 0]
         self._ledger.flip(space, used, np.zeros(len(used), np.uint64), old[old != 0])
-        self._tickets.flip(space.number, slots.tolist(), ticket)
+        self._tickets.flip(space.number, slots, ticket)
         self.counters["pages_freed"] += len(used)
         return len(used)
 

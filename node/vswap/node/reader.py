@@ -6,17 +6,18 @@ all tiers read in parallel. The caller has pinned the segments.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from vswap.node import entry
-from vswap.node.handles import Handles
+from vswap.node.handles import DAMAGED, Handles
 from vswap.node.spaces import Space
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
 from vswap.tiers.backend import Buffer, Read
-from vswap.tiers.record import I64, U64, Records, loc_offset, read_records
+from vswap.tiers.record import I64, U64, Mask, Records, concatenate, loc_offset, read_records
 from vswap.wire.errors import PageLost, TierUnavailable, VswapError
 
 
@@ -70,11 +71,12 @@ class Reader:
         last = np.append(first[1:], len(words)) - 1
         names = {h: tier.segment_name(h) for h in np.unique(handles).tolist()}
         reads = [
-            Read(names[h], a, b - a)
-            for h, a, b in zip(
-                handles[first].tolist(), offset[first].tolist(), end[last].tolist(), strict=True
+            Read(names[h], a, b - a, whole)
+            for h, a, b, whole in zip(
+                handles[first].tolist(), offset[first].tolist(), end[last].tolist(),
+                self._handles.rows["stored"][handles[first]].tolist(), strict=True,
             )
-        ]
+        ]  # fmt: skip
         results = await self._fetch(tier, reads)
         run = np.cumsum(new) - 1
         failed: list[tuple[I64, VswapError]] = []
@@ -110,16 +112,55 @@ class Reader:
             (r for r in results if isinstance(r, VswapError) and not isinstance(r, PageLost)), None
         )
         if broken is not None:
-            tier.failed(broken)
+            # Of a redundant tier some segments may be out of reach, while it serves all others.
+            if tier.redundant is None or not tier.redundant.usable:
+                tier.failed(broken)
         else:
             tier.succeeded()
         return results
+
+    async def elsewhere(
+        self, tier: Tier, space: int, slots: U64, words: U64
+    ) -> tuple[Records | None, Mask]:
+        """Records that failed their check, from what else their tier has of them: another copy, or
+        what other servers give. Which of them that found, and their records, verified."""
+        found = np.zeros(len(words), np.bool_)
+        parts = []
+        for i, slot in enumerate(slots.tolist()):
+            record = await self._another(tier, space, slot, words[i : i + 1])
+            if record is not None:
+                parts.append(record)
+                found[i] = True
+                self._handles.rows["lacking"][entry.handles(words[i])] |= DAMAGED
+        return concatenate(parts) if parts else None, found
+
+    async def _another(self, tier: Tier, space: int, slot: int, word: U64) -> Records | None:
+        handle = int(entry.handles(word)[0])
+        offset, size = loc_offset(entry.lows(word)), entry.sizes(word)
+        whole = int(self._handles.rows["stored"][handle])
+        read = Read(tier.segment_name(handle), int(offset[0]), int(size[0]), whole)
+        async for data in tier.backend.alternatives(read):
+            record = read_records(
+                np.frombuffer(data, np.uint8), offset - offset, size,
+                np.array([space], np.uint32), np.array([slot], np.uint32),
+                self._handles.salts[handle : handle + 1],
+            )  # fmt: skip
+            if record.valid().all():
+                return record
+        return None
 
     async def segment(self, tier: Tier, handle: int) -> Buffer:
         """A whole sealed segment. Raises what the backend says."""
         name = tier.segment_name(handle)
         stored = int(self._handles.rows["stored"][handle])
-        [data] = await self._fetch(tier, [Read(name, 0, stored)])
+        [data] = await self._fetch(tier, [Read(name, 0, stored, stored)])
         if isinstance(data, VswapError):
             raise data
         return data
+
+    async def segments(self, tier: Tier, handle: int) -> AsyncIterator[Buffer]:
+        """What else a whole segment may be, see :meth:`Backend.alternatives`."""
+        stored = int(self._handles.rows["stored"][handle])
+        read = Read(tier.segment_name(handle), 0, stored, stored)
+        async for data in tier.backend.alternatives(read):
+            yield data

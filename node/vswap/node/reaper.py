@@ -40,6 +40,9 @@ class Reaper:
     def pending_in(self, tag: int) -> int:
         return sum(int(self._handles.rows["tag"][handle]) == tag for handle in self._queue)
 
+    def will_delete(self, handle: int) -> bool:
+        return handle in self._queue
+
     def unpin(self, handle: int) -> None:
         self._handles.pins[handle] -= 1
         self.consider(handle)
@@ -89,19 +92,31 @@ class Reaper:
         return all(done)
 
     async def _delete(self, tier: Tier, handles: list[int]) -> bool:
+        if not tier.opened:
+            # Failing here would put off its opening, again and again.
+            return False
         for start in range(0, len(handles), _BATCH):
             batch = handles[start : start + _BATCH]
+            names = [tier.segment_name(handle) for handle in batch]
             try:
-                await tier.backend.delete([tier.segment_name(handle) for handle in batch])
+                await tier.backend.delete(names)
             except VswapError as error:
                 tier.failed(error)
                 logger.warning("delete failed, will repeat", tier=tier.name, error=str(error))
                 return False
-            for handle in batch:
-                if handle in self._queue:
+            for handle, name in zip(batch, names, strict=True):
+                if handle in self._queue and tier.segment_name(handle) == name:
                     del self._queue[handle]
                     self._forget(tier, handle)
         return True
+
+    def abandon(self, tier: Tier) -> None:
+        """Forgets dead segments of a tier that is gone, whether they are deleted or not. Should it
+        come back, a sweep finds them."""
+        for handle in [h for h in self._queue if self._tier_of(h) is tier]:
+            if not self._handles.pins[handle]:
+                del self._queue[handle]
+                self._forget(tier, handle)
 
     def _forget(self, tier: Tier, handle: int) -> None:
         tier.segments.pop(handle, None)

@@ -20,8 +20,10 @@ from vswap.node.choose import Choosers
 from vswap.node.evacuator import Evacuator, Moved
 from vswap.node.grants import Grants
 from vswap.node.handles import Handles
+from vswap.node.pacer import Pacer
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
+from vswap.tiers.record import I64
 from vswap.tiers.victims import cost_benefit
 
 _ROUND_SEGMENTS = 8
@@ -31,6 +33,8 @@ _GARBAGE_SHARE = 0.25
 _SPARSE, _TIDY = 0.3, 0.4
 """A RAM tier with less than the first share of live bytes is compacted up to the second."""
 _FEW_BLOCKS = 8
+_REPAIR_BYTES_S = 64 * 2**20
+_REPAIR_AGAIN_S = 5.0
 _MOST_LIVE = 0.8
 """A segment fuller than this is not worth compacting."""
 
@@ -50,6 +54,7 @@ class Reclaim:
         *,
         live_bytes: Callable[[int], int],
         clock: Callable[[], float],
+        make_pacer: Callable[[int], Pacer],
     ) -> None:
         self._handles = handles
         self._tiers = tiers
@@ -58,6 +63,7 @@ class Reclaim:
         self._grants = grants
         self._live_bytes = live_bytes
         self._clock = clock
+        self._make_pacer = make_pacer
         self._tasks: dict[int, asyncio.Task[int]] = {}
         self._retry_at: dict[int, float] = {}
         self.counters: Counter[str] = Counter()
@@ -77,6 +83,23 @@ class Reclaim:
                 self._start(tier, self._clean(tier))
             elif tier.ram is not None and self._live_share(tier) < _SPARSE:
                 self._start(tier, self._tidy(tier))
+
+    def mend(self, tier: Tier, degraded: I64) -> None:
+        """Writes degraded segments of one of the node's own tiers again, in the background."""
+        idle = tier.tag not in self._tasks and self._clock() >= self._retry_at.get(tier.tag, 0.0)
+        if len(degraded) and idle:
+            self._start(tier, self._rewrite(tier, degraded.tolist()))
+
+    async def _rewrite(self, tier: Tier, segments: list[int]) -> int:
+        before = tier.stored_bytes
+        moved = await self._evacuator.evacuate(
+            tier, segments, self._choosers.rewrite(), pacer=self._make_pacer(_REPAIR_BYTES_S)
+        )
+        self.counters["repaired_pages"] += moved.pages
+        if moved.error is not None:
+            logger.warning("repair hindered", tier=tier.name, error=str(moved.error))
+            self._retry_at[tier.tag] = self._clock() + _REPAIR_AGAIN_S
+        return before - tier.stored_bytes
 
     def _live_share(self, tier: Tier) -> float:
         """Of the blocks beyond a few; 1 where there are no more than these."""

@@ -9,11 +9,23 @@ import numpy as np
 from vswap.node import entry
 from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
+from vswap.node.lost import lost_pages
 from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
+from vswap.node.upkeep import Upkeep
 
 _AGES_S = (0, 60, 600, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One of those that a redundant tier is spread over."""
+
+    url: str
+    up: bool
+    error: str
+    only_here: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,11 @@ class TierUsage:
     state: TierState
     rank: int
     error: str
+    degraded_segments: int
+    degraded_bytes: int
+    repairable_bytes: int
+    lost_pages: int
+    servers: list[Server]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +58,9 @@ class AgeBucket:
     live_bytes: int
 
 
-def tier_usage(tier: Tier, ledger: Ledger, reaper: Reaper) -> TierUsage:
+def tier_usage(tier: Tier, ledger: Ledger, reaper: Reaper, upkeep: Upkeep) -> TierUsage:
+    degraded, live = upkeep.degraded(tier), ledger.handles.live_bytes
+    members = tier.redundant.members if tier.redundant is not None else []
     return TierUsage(
         tier=tier.name,
         pages=int(ledger.pages_by_tag[tier.tag]),
@@ -57,6 +76,14 @@ def tier_usage(tier: Tier, ledger: Ledger, reaper: Reaper) -> TierUsage:
         state=tier.state,
         rank=tier.spec.rank,
         error=tier.error,
+        degraded_segments=len(degraded),
+        degraded_bytes=int(live[degraded].sum()),
+        repairable_bytes=int(live[upkeep.repairable(tier)].sum()),
+        lost_pages=lost_pages(tier, ledger.handles, ledger),
+        servers=[
+            Server(member.label, member.up, member.error, upkeep.only_on(tier, place))
+            for place, member in enumerate(members)
+        ],
     )
 
 

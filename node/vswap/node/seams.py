@@ -12,7 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID, uuid4
 
+from vswap.node.faults import Faults
 from vswap.node.pacer import Pacer, make_pacer
 from vswap.tiers.backend import Backend
 from vswap.tiers.factory import make_backend
@@ -31,11 +33,14 @@ class Seams:
     clock: Callable[[], float] = time.monotonic
     """Seconds, never back, the same for every process of this boot."""
     rng: random.Random = field(default_factory=random.Random)
+    new_uuid: Callable[[], UUID] = uuid4
     threads: int = field(default_factory=_threads)
     executor: Executor | None = None
     make_backend: Callable[[TierSpec], Backend] = make_backend
     make_region: Callable[[Path], Region] = Region
     make_pacer: Callable[[int], Pacer] = make_pacer
+    faults: Faults | None = None
+    """None: tiers cannot be made to misbehave."""
 
     def worker_threads(self) -> Executor:
         if self.executor is None:

@@ -13,14 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import numpy as np
 import structlog
 
 from vswap.node import report
+from vswap.node.check import Checker
 from vswap.node.choose import Choosers
 from vswap.node.codecs import Codecs
+from vswap.node.differences import Checked
 from vswap.node.directives import Directives
 from vswap.node.evacuator import Evacuator
 from vswap.node.grants import Grants
@@ -33,14 +35,17 @@ from vswap.node.reader import Reader
 from vswap.node.reaper import Reaper
 from vswap.node.reclaim import Reclaim
 from vswap.node.recover import recover
+from vswap.node.scrub import Scrubbed, Scrubber
 from vswap.node.seams import Seams
 from vswap.node.spaces import Spaces, load_json, replace_json
 from vswap.node.sweep import Sweeper
 from vswap.node.tier import Tier, TierState
 from vswap.node.tiers import Tiers
+from vswap.node.upkeep import Upkeep
 from vswap.tiers.ram import RamBackend, block_size
 from vswap.tiers.spec import TierSpec
 from vswap.tiers.unmade import Unmade
+from vswap.tiers.wrappers.guarded import Guarded
 from vswap.tiers.wrappers.metered import Metered
 from vswap.wire.errors import AlreadyExists, BadConfig, Refused, StateInvalid, VswapError
 
@@ -48,6 +53,8 @@ TIERS_FILE = "tiers.json"
 TIERS_VERSION = 1
 _REOPEN_S = 1.0
 _TICK_S = 0.5
+_COOL_S = 60.0
+"""So long free blocks of RAM keep their memory. It goes sooner where shared memory runs out."""
 _COOL_BLOCKS = 8
 _SWEEP_S = 600.0
 _PRESSURE = (0.80, 0.95)
@@ -109,7 +116,7 @@ class Shard:
                 self.handles.close()
         if new:
             self.erase()
-            self.handles = Handles(self._region, fresh=(uuid4(), boot_id()))
+            self.handles = Handles(self._region, fresh=(self._seams.new_uuid(), boot_id()))
         self.spaces = Spaces(self._region, fresh=new)
         self.tiers = Tiers()
         self.ledger = Ledger(self.handles, self.spaces)
@@ -160,13 +167,20 @@ class Shard:
             choosers,
             self._grants,
             clock=seams.clock,
+            make_pacer=seams.make_pacer,
             live_bytes=lambda tag: int(ledger.bytes_by_tag[tag]),
         )
         self._sweeper = Sweeper(handles)
+        self.upkeep = Upkeep(handles, clock=seams.clock, rng=seams.rng)
         self.directives = Directives(
             handles, ledger, tiers, self.evacuator, choosers, self._grants, self._sweeper,
+            self.upkeep, self.reaper,
             clock=seams.clock, make_pacer=seams.make_pacer,
         )  # fmt: skip
+        self._checker = Checker(handles, ledger, tiers, self.reaper)
+        self.scrubber = Scrubber(
+            handles, ledger, tiers, self.evacuator, self.reaper, clock=seams.clock
+        )
         self.promoter = Promoter(handles, ledger, tiers, codecs, reader, self.reaper)
         self.pager = Pager(
             handles, ledger, tiers, codecs, reader, self.reaper, clock=seams.clock,
@@ -183,10 +197,20 @@ class Shard:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
+    def start_scrub(self, rate_bytes_s: int, interval_s: float) -> None:
+        """Verifies everything stored at this rate, a pass every ``interval_s``."""
+        pacer = self._seams.make_pacer(rate_bytes_s)
+        self._spawn(lambda: self.scrubber.run(pacer, interval_s))
+
+    async def scrub(self, rate_bytes_s: int, seen: Scrubbed, only: str = "") -> Scrubbed:
+        """See :meth:`Scrubber.scrub`."""
+        return await self.scrubber.scrub(self._seams.make_pacer(rate_bytes_s), seen, only)
+
     async def close(self) -> None:
         """Stops the movers and closes everything. The pages stay, for the next life."""
         self.reclaim.closed = True
         await self.directives.close()
+        await self.upkeep.close()
         await self.reclaim.close()
         tasks = list(self._background)
         for task in tasks:
@@ -218,9 +242,27 @@ class Shard:
         elif self.cluster != cluster:
             raise Refused(
                 f"this node belongs to cluster {self.cluster}, not to {cluster}; "
-                "start it with --fresh to leave its pages behind",
+                "give the coordinator its state back, or start the node with --fresh and lose its "
+                "pages",
                 cluster=str(self.cluster),
             )
+
+    def disown(self) -> None:
+        """The cluster has forgotten this shard, for ever: what it wrote on the cluster's tiers is
+        being deleted, so nothing is written there any more, in later lives either. What is in its
+        own tiers stays."""
+        for tier in self.tiers:
+            if not tier.local:
+                tier.state = TierState.DRAINED
+        before = self._configured
+        self._configured = [(spec, TierState.DRAINED) for spec, _ in before]
+        if before != self._configured:
+            try:
+                self._save_tiers()
+            except VswapError as error:
+                # Shared memory is full. The coordinator will say it again.
+                self._configured = before
+                logger.warning("cannot note that the cluster forgot this node", error=str(error))
 
     # ---------------------------------------------------------------- tiers
 
@@ -252,6 +294,9 @@ class Shard:
             self.tiers.remove(tier)
             del self._tags[tier.name]
             self._meters.pop(tier.name, None)
+            self.upkeep.forget(tier)
+            if self._seams.faults is not None:
+                self._seams.faults.forget(tier.name)
             await tier.backend.close()
         added = []
         for spec, state in tiers:
@@ -259,6 +304,7 @@ class Shard:
             if old is None:
                 added.append(self._add_tier(spec, state, local=False))
             else:
+                await self._replace_servers(old, spec)
                 old.spec, old.state = spec, state
         self.tiers.sort()
         self._configured = tiers
@@ -267,6 +313,23 @@ class Shard:
         for tier in self.tiers:
             while tier.state is not TierState.ACTIVE and tier.writing:
                 await asyncio.sleep(0.005)
+
+    async def _replace_servers(self, tier: Tier, spec: TierSpec) -> None:
+        """Takes up servers that are now in the place of others; their audit finds them empty."""
+        backend = tier.redundant
+        if backend is None or len(tier.spec.servers) != len(spec.servers):
+            return
+        for place, member in enumerate(spec.members()):
+            if member.url == tier.spec.servers[place]:
+                continue
+            try:
+                other = self._seams.make_backend(member)
+            except BadConfig as error:
+                other = Unmade(spec.name, str(error))
+            old = backend.members[place].backend
+            backend.replace(place, member.safe_url, other)
+            self.upkeep.replaced(backend, place)
+            await old.close()
 
     def _add_tier(self, spec: TierSpec, state: TierState, *, local: bool) -> Tier:
         tag = self._tags.get(spec.name)
@@ -298,14 +361,27 @@ class Shard:
 
     def _make_backend(self, spec: TierSpec, tag: int) -> Any:
         if spec.scheme != "ram":
-            metered = self._meters[spec.name] = Metered(self._seams.make_backend(spec))
+            seams = self._seams
+            backend = seams.make_backend(spec)
+            if seams.faults is not None:
+                backend = seams.faults.wrap(spec.name, backend)
+            if not spec.urls:
+                # Several servers are each left alone by themselves.
+                backend = Guarded(backend, seams.clock, seams.rng)
+            metered = self._meters[spec.name] = Metered(backend)
             return metered
-        backend = self._make_arena(spec, f"tier-{tag}.arena", spec.capacity_bytes)
-        self._region.on_full.append(backend.shrink)
-        return backend
+        arena = self._make_arena(spec, tag, spec.capacity_bytes)
+        self._region.on_full.append(arena.shrink)
+        return arena
 
-    def _make_arena(self, spec: TierSpec, name: str, capacity: int) -> RamBackend:
+    def _make_arena(self, spec: TierSpec, tag: int, capacity: int) -> RamBackend:
+        name = f"tier-{tag}.arena"
+        rows = self.handles.rows[self.handles.in_use()]
         if not self._region.exists(name):
+            if (rows["tag"] == tag).any():
+                raise StateInvalid(
+                    f"{name}, with the pages of tier {spec.name}, is missing; --fresh starts empty"
+                )
             return RamBackend(self._region.create(name, capacity), capacity)
         old = self._region.size(name)
         if old - mmap.PAGESIZE >= capacity or block_size(old) != block_size(capacity):
@@ -315,6 +391,9 @@ class Shard:
                 f"of {capacity}: set capacity_bytes back, or start with --fresh and lose the pages",
                 tier=spec.name,
             )
+        blocks = rows["block"][rows["tag"] == tag]
+        if blocks.size and (int(blocks.max()) + 1) * block_size(old) > old:
+            raise StateInvalid(f"{name} is shorter than what lies in it; --fresh starts empty")
         return RamBackend(self._region.open(name, capacity), capacity)
 
     async def _open_backend(self, tier: Tier) -> VswapError | None:
@@ -330,6 +409,7 @@ class Shard:
             return error
         tier.opened = True
         tier.succeeded()
+        self.upkeep.adopt(tier)
         return None
 
     def _save_tiers(self) -> None:
@@ -353,8 +433,24 @@ class Shard:
             self._configured = [
                 (TierSpec(**item["spec"]), TierState(item["state"])) for item in state["tiers"]
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateInvalid(f"{path} is damaged: {error}", path=str(path)) from error
+
+    @property
+    def faults(self) -> dict[str, str] | None:
+        """Fault plans in force, by tier; None where there can be none."""
+        return None if self._seams.faults is None else dict(self._seams.faults.plans)
+
+    def set_fault(self, name: str, plan: str) -> str:
+        """Makes a tier misbehave, or no longer ("off"); returns the plan before, "" for none.
+
+        Raises Refused, UnknownTier, BadConfig.
+        """
+        if self._seams.faults is None:
+            raise Refused("this node was not started with --allow-faults")
+        if self.tiers.get(name).ram is not None:
+            raise Refused(f"tier {name} is RAM, which cannot be made to misbehave", tier=name)
+        return self._seams.faults.set(name, plan)
 
     # ---------------------------------------------------------------- grants
 
@@ -386,6 +482,7 @@ class Shard:
     async def _housekeeping(self) -> None:
         """Reopens tiers that were unreachable, watches the pressure, sweeps now and then."""
         clock = self._seams.clock
+        cool_at = clock() + _COOL_S
         sweep_at = clock() + _SWEEP_S * self._seams.rng.uniform(0.5, 1.0)
         while True:
             await asyncio.sleep(_TICK_S)
@@ -393,17 +490,30 @@ class Shard:
             for tier in self.tiers:
                 if not tier.opened and not tier.sick_for_s:
                     await self._open_backend(tier)
-                while tier.ram is not None and tier.ram.cool(_COOL_BLOCKS):
-                    await asyncio.sleep(0)
                 self._regrow(tier)
+                self.upkeep.watch(tier)
+                if tier.opened and tier.suspect and not tier.sick_for_s and not tier.redundant:
+                    # Beside the others, which must not wait for a server that may not answer.
+                    tier.suspect = False
+                    task = asyncio.create_task(self._sweep_quietly(tier))
+                    self._background.add(task)
+                    task.add_done_callback(self._background.discard)
+                if tier.local:
+                    self.reclaim.mend(tier, self.upkeep.repairable(tier))
                 self._grants.ahead(tier)
                 self._grants.give_back(tier)
             self._watch_pressure()
+            if clock() >= cool_at:
+                cool_at = clock() + _COOL_S
+                for tier in self.tiers:
+                    while tier.ram is not None and tier.ram.cool(_COOL_BLOCKS):
+                        await asyncio.sleep(0)
             if clock() >= sweep_at:
                 sweep_at = clock() + _SWEEP_S
                 for tier in self.tiers:
                     if tier.opened:
                         await self._sweep_quietly(tier)
+                        self.upkeep.suspect(tier)
 
     def _regrow(self, tier: Tier) -> None:
         """Gives a RAM tier its capacity back that found shared memory full some time ago."""
@@ -423,6 +533,7 @@ class Shard:
         try:
             await self.sweep(tier)
         except VswapError as error:
+            tier.failed(error)
             logger.warning("sweep failed", tier=tier.name, error=str(error))
 
     def _watch_pressure(self) -> None:
@@ -437,10 +548,16 @@ class Shard:
             logger.warning("backing fills up", used=round(used, 3), free_bytes=free)
         self._pressure_level = level
 
+    async def check(self, seen: Checked, *, deep: bool = False) -> Checked:
+        """See :meth:`Checker.check`."""
+        return await self._checker.check(seen, deep=deep)
+
     # ---------------------------------------------------------------- telling
 
     def usage(self) -> list[report.TierUsage]:
-        return [report.tier_usage(tier, self.ledger, self.reaper) for tier in self.tiers]
+        return [
+            report.tier_usage(tier, self.ledger, self.reaper, self.upkeep) for tier in self.tiers
+        ]
 
     def ages(self) -> list[report.AgeBucket]:
         return report.ages(self.tiers, self.handles, self._seams.clock())
@@ -468,13 +585,15 @@ class Shard:
     def counters(self) -> dict[str, int]:
         parts = (
             self.pager.counters, self.evacuator.counters, self.reclaim.counters,
-            self.promoter.counters, self.events,
+            self.promoter.counters, self.scrubber.progress(), self.events,
         )  # fmt: skip
         total: Counter[str] = Counter()
         for part in parts:
             total.update(part)
         for name, metered in self._meters.items():
             total.update(metered.meter.flat(name))
+        if self._seams.faults is not None:
+            total.update(self._seams.faults.counters())
         for counters in self.frontends:
             total.update(counters)
         total["swept_segments"] = self._sweeper.swept

@@ -240,13 +240,18 @@ class Spaces:
 
     def _load(self) -> None:
         state = load_json(self._path, VERSION)
-        self._next_number = state["next_number"]
-        for item in state["spaces"]:
-            space = Space(
-                self._region, item["number"], item["name"], item["page_bytes"],
-                item["max_slots"], Limits(**item["limits"]), create=False,
-            )  # fmt: skip
-            self._by_name[space.name] = self.by_number[space.number] = space
+        try:
+            self._next_number = int(state["next_number"])
+            for item in state["spaces"]:
+                space = Space(
+                    self._region, item["number"], item["name"], item["page_bytes"],
+                    item["max_slots"], Limits(**item["limits"]), create=False,
+                )  # fmt: skip
+                self._by_name[space.name] = self.by_number[space.number] = space
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StateInvalid(
+                f"{self._path} is damaged ({error}); --fresh starts empty", path=str(self._path)
+            ) from error
 
 
 def replace_json(path: Path, state: object) -> None:

@@ -64,11 +64,13 @@ class SwapTable:
 
     def get(self, slots: U64) -> U64:
         """The entries of slots (n,), all below ``max_slots``."""
-        present = self._used[slots >> _CHUNK_SHIFT] > 1
+        # Signed: unsigned indices are converted first, which takes longer than all the rest.
+        index = slots.view(np.int64)
+        present = self._used[index >> _CHUNK_SHIFT] > 1
         if np.count_nonzero(present) == len(slots):
-            return self._words[slots]
+            return self._words[index]
         words = np.zeros(len(slots), np.uint64)
-        words[present] = self._words[slots[present]]
+        words[present] = self._words[index[present]]
         return words
 
     def reserve(self, slots: U64) -> None:
@@ -95,7 +97,7 @@ class SwapTable:
         """
         n = len(slots)
         if np.count_nonzero(words) == n == np.count_nonzero(old):
-            self._words[slots] = words
+            self._words[slots.view(np.int64)] = words
             return
         delta = (words != 0).astype(np.int32) - (old != 0)
         present = slots
@@ -113,10 +115,11 @@ class SwapTable:
 
         Raises OutOfTiers when shared memory is full; nothing changed then.
         """
-        if np.count_nonzero(self._used[slots >> _CHUNK_SHIFT] > 1) == len(slots):
-            old = self._words[slots]
+        index = slots.view(np.int64)
+        if np.count_nonzero(self._used[index >> _CHUNK_SHIFT] > 1) == len(slots):
+            old = self._words[index]
             if np.count_nonzero(old) == len(slots):
-                self._words[slots] = words
+                self._words[index] = words
                 return old
         self.reserve(slots)
         old = self.get(slots)
@@ -161,6 +164,21 @@ class SwapTable:
         words = self._words[start : start + CHUNK_SLOTS]
         used = np.flatnonzero(words).astype(np.uint64)
         return used + np.uint64(start), words[used]
+
+    def counted(self, chunk: int) -> int:
+        """Slots in use of an allocated chunk, as the count says that is kept."""
+        return int(self._used[chunk]) - 1
+
+    def astray(self) -> I64:
+        """Chunks that count as not allocated, and yet hold entries: a restart would find them."""
+        found = []
+        for start, end in self._words_map.extents():
+            for chunk in range(start // (CHUNK_SLOTS * 8), -(-end // (CHUNK_SLOTS * 8))):
+                low = max(start // 8, chunk * CHUNK_SLOTS)
+                high = min(end // 8, (chunk + 1) * CHUNK_SLOTS)
+                if not self._used[chunk] and self._words[low:high].any():
+                    found.append(chunk)
+        return np.array(found, np.int64)
 
     @property
     def allocated_bytes(self) -> int:

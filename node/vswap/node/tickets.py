@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vswap.tiers.record import Mask
+from vswap.tiers.record import U64, Mask
 
 
 class Tickets:
@@ -54,13 +54,13 @@ class Tickets:
         won = newest < ticket
         return None if won.all() else won
 
-    def flip(self, space: int, slots: Sequence[int], ticket: int) -> None:
+    def flip(self, space: int, slots: U64, ticket: int) -> None:
         """Notes that an operation flipped these slots."""
         counts = self._open.get(space)
         if not counts:
             return
         flipped = self._flipped[space]
-        for slot in slots:
+        for slot in slots.tolist():
             if slot in counts and flipped.get(slot, 0) < ticket:
                 flipped[slot] = ticket
 

@@ -12,12 +12,16 @@ from vswap.node.handles import Handles
 from vswap.tiers.backend import Backend, SegmentName
 from vswap.tiers.codec import Codec
 from vswap.tiers.ram import RamBackend
+from vswap.tiers.redundancy.base import Redundant
 from vswap.tiers.segment import TRAILER_BYTES
 from vswap.tiers.spec import TierSpec
+from vswap.tiers.wrappers.base import Wrapper
+from vswap.wire.errors import TierUnavailable
 
 _BACKOFF_FIRST_S = 0.2
 _BACKOFF_MOST_S = 10.0
 _RESERVE_SHARE = 0.02
+_NO_CLUSTER = UUID(int=0)
 
 
 class TierState(enum.IntEnum):
@@ -60,6 +64,10 @@ class Tier:
         """Segments being written right now."""
         self.opened = False
         self.quarantined = 0
+        self.missing: dict[int, int] = {}
+        """Segments (handle -> word of the row) that the last listing of the backend lacked."""
+        self.suspect = False
+        """The backend failed, or had not what it should have, since it was last listed."""
         self.room_changed = asyncio.Event()
         """Set whenever room may have appeared; waiters clear it."""
         self.on_pressure: Callable[[], None] = lambda: None
@@ -86,9 +94,17 @@ class Tier:
         """The arena, where the tier is RAM."""
         return self.backend if isinstance(self.backend, RamBackend) else None
 
+    @property
+    def redundant(self) -> Redundant | None:
+        """What spreads the tier's segments over several servers, where it does."""
+        backend = self.backend
+        while isinstance(backend, Wrapper):
+            backend = backend.inner
+        return backend if isinstance(backend, Redundant) else None
+
     def segment_name(self, handle: int) -> SegmentName:
         """Segments of the node's own tiers belong to no cluster."""
-        cluster = UUID(int=0) if self.local else self._handles.cluster
+        cluster = _NO_CLUSTER if self.local else self._handles.cluster
         return SegmentName(cluster, self._handles.shard, self._handles.serial(handle))
 
     # ---------------------------------------------------------------- room
@@ -141,7 +157,13 @@ class Tier:
 
     def failed(self, error: BaseException) -> None:
         """Passes the tier over for a while: exponential, with jitter."""
+        if isinstance(error, TierUnavailable) and "retry_after_s" in error.fields:
+            # Nobody asked the server: the wait must not grow with every request.
+            wait_until = self._clock() + error.fields["retry_after_s"]
+            self._sick_until = max(self._sick_until, wait_until)
+            return
         self._failures += 1
+        self.suspect = True
         backoff = min(_BACKOFF_FIRST_S * 2 ** min(self._failures - 1, 10), _BACKOFF_MOST_S)
         self._sick_until = self._clock() + backoff * self._rng.uniform(0.5, 1.0)
         self.error = str(error).removeprefix(f"tier {self.name}: ")

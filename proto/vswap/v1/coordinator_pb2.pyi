@@ -14,6 +14,7 @@ class MoveKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MOVE_KIND_DRAIN: _ClassVar[MoveKind]
     MOVE_KIND_MIGRATE: _ClassVar[MoveKind]
     MOVE_KIND_COMPACT: _ClassVar[MoveKind]
+    MOVE_KIND_REPAIR: _ClassVar[MoveKind]
 
 class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,6 +29,7 @@ MOVE_KIND_UNSPECIFIED: MoveKind
 MOVE_KIND_DRAIN: MoveKind
 MOVE_KIND_MIGRATE: MoveKind
 MOVE_KIND_COMPACT: MoveKind
+MOVE_KIND_REPAIR: MoveKind
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_RUNNING: JobState
 JOB_STATE_BLOCKED: JobState
@@ -157,7 +159,7 @@ class Grant(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class Directive(_message.Message):
-    __slots__ = ("job_id", "kind", "tier", "destination", "byte_budget", "older_than_s", "target_utilisation", "rate_bytes_s")
+    __slots__ = ("job_id", "kind", "tier", "destination", "byte_budget", "older_than_s", "target_utilisation", "rate_bytes_s", "lost")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +168,7 @@ class Directive(_message.Message):
     OLDER_THAN_S_FIELD_NUMBER: _ClassVar[int]
     TARGET_UTILISATION_FIELD_NUMBER: _ClassVar[int]
     RATE_BYTES_S_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     kind: MoveKind
     tier: str
@@ -174,7 +177,8 @@ class Directive(_message.Message):
     older_than_s: float
     target_utilisation: float
     rate_bytes_s: int
-    def __init__(self, job_id: _Optional[str] = ..., kind: _Optional[_Union[MoveKind, str]] = ..., tier: _Optional[str] = ..., destination: _Optional[str] = ..., byte_budget: _Optional[int] = ..., older_than_s: _Optional[float] = ..., target_utilisation: _Optional[float] = ..., rate_bytes_s: _Optional[int] = ...) -> None: ...
+    lost: bool
+    def __init__(self, job_id: _Optional[str] = ..., kind: _Optional[_Union[MoveKind, str]] = ..., tier: _Optional[str] = ..., destination: _Optional[str] = ..., byte_budget: _Optional[int] = ..., older_than_s: _Optional[float] = ..., target_utilisation: _Optional[float] = ..., rate_bytes_s: _Optional[int] = ..., lost: _Optional[bool] = ...) -> None: ...
 
 class StopDirective(_message.Message):
     __slots__ = ("job_id",)
@@ -187,7 +191,7 @@ class Farewell(_message.Message):
     def __init__(self) -> None: ...
 
 class DirectiveProgress(_message.Message):
-    __slots__ = ("job_id", "state", "reason", "pages_moved", "bytes_moved", "logical_bytes_moved", "segments_freed", "pages_left", "bytes_left")
+    __slots__ = ("job_id", "state", "reason", "pages_moved", "bytes_moved", "logical_bytes_moved", "segments_freed", "pages_left", "bytes_left", "pages_lost")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +201,7 @@ class DirectiveProgress(_message.Message):
     SEGMENTS_FREED_FIELD_NUMBER: _ClassVar[int]
     PAGES_LEFT_FIELD_NUMBER: _ClassVar[int]
     BYTES_LEFT_FIELD_NUMBER: _ClassVar[int]
+    PAGES_LOST_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     state: str
     reason: str
@@ -206,7 +211,8 @@ class DirectiveProgress(_message.Message):
     segments_freed: int
     pages_left: int
     bytes_left: int
-    def __init__(self, job_id: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., pages_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., logical_bytes_moved: _Optional[int] = ..., segments_freed: _Optional[int] = ..., pages_left: _Optional[int] = ..., bytes_left: _Optional[int] = ...) -> None: ...
+    pages_lost: int
+    def __init__(self, job_id: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., pages_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., logical_bytes_moved: _Optional[int] = ..., segments_freed: _Optional[int] = ..., pages_left: _Optional[int] = ..., bytes_left: _Optional[int] = ..., pages_lost: _Optional[int] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()
@@ -287,18 +293,24 @@ class AddTierRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[_common_pb2.TierSpec, _Mapping]] = ...) -> None: ...
 
 class SetTierRequest(_message.Message):
-    __slots__ = ("name", "capacity_bytes", "rank", "high", "low")
+    __slots__ = ("name", "capacity_bytes", "rank", "high", "low", "replace", "replace_by", "force")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     HIGH_FIELD_NUMBER: _ClassVar[int]
     LOW_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_BY_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
     name: str
     capacity_bytes: int
     rank: int
     high: float
     low: float
-    def __init__(self, name: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., high: _Optional[float] = ..., low: _Optional[float] = ...) -> None: ...
+    replace: str
+    replace_by: str
+    force: bool
+    def __init__(self, name: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., high: _Optional[float] = ..., low: _Optional[float] = ..., replace: _Optional[str] = ..., replace_by: _Optional[str] = ..., force: _Optional[bool] = ...) -> None: ...
 
 class RemoveTierRequest(_message.Message):
     __slots__ = ("name",)
@@ -333,7 +345,7 @@ class ForgetNodeReply(_message.Message):
     def __init__(self, segments_deleted: _Optional[int] = ..., bytes_deleted: _Optional[int] = ..., pending_tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("kind", "tier", "destination", "byte_budget", "older_than_s", "target_utilisation", "rate_bytes_s")
+    __slots__ = ("kind", "tier", "destination", "byte_budget", "older_than_s", "target_utilisation", "rate_bytes_s", "lost")
     KIND_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +353,7 @@ class JobSpec(_message.Message):
     OLDER_THAN_S_FIELD_NUMBER: _ClassVar[int]
     TARGET_UTILISATION_FIELD_NUMBER: _ClassVar[int]
     RATE_BYTES_S_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     kind: MoveKind
     tier: str
     destination: str
@@ -348,7 +361,8 @@ class JobSpec(_message.Message):
     older_than_s: float
     target_utilisation: float
     rate_bytes_s: int
-    def __init__(self, kind: _Optional[_Union[MoveKind, str]] = ..., tier: _Optional[str] = ..., destination: _Optional[str] = ..., byte_budget: _Optional[int] = ..., older_than_s: _Optional[float] = ..., target_utilisation: _Optional[float] = ..., rate_bytes_s: _Optional[int] = ...) -> None: ...
+    lost: bool
+    def __init__(self, kind: _Optional[_Union[MoveKind, str]] = ..., tier: _Optional[str] = ..., destination: _Optional[str] = ..., byte_budget: _Optional[int] = ..., older_than_s: _Optional[float] = ..., target_utilisation: _Optional[float] = ..., rate_bytes_s: _Optional[int] = ..., lost: _Optional[bool] = ...) -> None: ...
 
 class StartJobRequest(_message.Message):
     __slots__ = ("spec", "dry_run")
@@ -359,7 +373,7 @@ class StartJobRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[JobSpec, _Mapping]] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "spec", "state", "reason", "pages_moved", "bytes_moved", "logical_bytes_moved", "bytes_total", "bytes_left", "pages_left", "rate_bytes_s", "eta_s", "created_at", "ended_at", "nodes", "automatic", "room_bytes")
+    __slots__ = ("id", "spec", "state", "reason", "pages_moved", "bytes_moved", "logical_bytes_moved", "bytes_total", "bytes_left", "pages_left", "rate_bytes_s", "eta_s", "created_at", "ended_at", "nodes", "automatic", "room_bytes", "pages_lost")
     class RoomBytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -384,6 +398,7 @@ class Job(_message.Message):
     NODES_FIELD_NUMBER: _ClassVar[int]
     AUTOMATIC_FIELD_NUMBER: _ClassVar[int]
     ROOM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_LOST_FIELD_NUMBER: _ClassVar[int]
     id: str
     spec: JobSpec
     state: JobState
@@ -401,7 +416,8 @@ class Job(_message.Message):
     nodes: _containers.RepeatedCompositeFieldContainer[JobNode]
     automatic: bool
     room_bytes: _containers.ScalarMap[str, int]
-    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., pages_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., logical_bytes_moved: _Optional[int] = ..., bytes_total: _Optional[int] = ..., bytes_left: _Optional[int] = ..., pages_left: _Optional[int] = ..., rate_bytes_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., created_at: _Optional[float] = ..., ended_at: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[JobNode, _Mapping]]] = ..., automatic: _Optional[bool] = ..., room_bytes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    pages_lost: int
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ..., pages_moved: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., logical_bytes_moved: _Optional[int] = ..., bytes_total: _Optional[int] = ..., bytes_left: _Optional[int] = ..., pages_left: _Optional[int] = ..., rate_bytes_s: _Optional[float] = ..., eta_s: _Optional[float] = ..., created_at: _Optional[float] = ..., ended_at: _Optional[float] = ..., nodes: _Optional[_Iterable[_Union[JobNode, _Mapping]]] = ..., automatic: _Optional[bool] = ..., room_bytes: _Optional[_Mapping[str, int]] = ..., pages_lost: _Optional[int] = ...) -> None: ...
 
 class JobNode(_message.Message):
     __slots__ = ("node", "state", "reason", "pages_moved", "bytes_moved", "bytes_left", "pages_left")

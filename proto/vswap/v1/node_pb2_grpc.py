@@ -315,6 +315,21 @@ class NodeAdminStub:
                 request_serializer=vswap_dot_v1_dot_node__pb2.GetNodeRequest.SerializeToString,
                 response_deserializer=vswap_dot_v1_dot_node__pb2.NodeStatus.FromString,
                 _registered_method=True)
+        self.SetFault = channel.unary_unary(
+                '/vswap.v1.NodeAdmin/SetFault',
+                request_serializer=vswap_dot_v1_dot_node__pb2.SetFaultRequest.SerializeToString,
+                response_deserializer=vswap_dot_v1_dot_node__pb2.SetFaultReply.FromString,
+                _registered_method=True)
+        self.Check = channel.unary_stream(
+                '/vswap.v1.NodeAdmin/Check',
+                request_serializer=vswap_dot_v1_dot_node__pb2.CheckRequest.SerializeToString,
+                response_deserializer=vswap_dot_v1_dot_node__pb2.CheckProgress.FromString,
+                _registered_method=True)
+        self.Scrub = channel.unary_stream(
+                '/vswap.v1.NodeAdmin/Scrub',
+                request_serializer=vswap_dot_v1_dot_node__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=vswap_dot_v1_dot_node__pb2.ScrubProgress.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/vswap.v1.NodeAdmin/Leave',
                 request_serializer=vswap_dot_v1_dot_node__pb2.LeaveRequest.SerializeToString,
@@ -356,6 +371,30 @@ class NodeAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetFault(self, request, context):
+        """Makes a tier misbehave on a seeded plan, or no longer. Refused unless the node was started so
+        that it may be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Holds tables, books, segments and what backends list against each other; tells how far it is
+        about twice a second. Changes nothing, and ends with the stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scrub(self, request, context):
+        """Reads and verifies every record once; tells how far it is about twice a second. Ends with the
+        stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """Retires the node: refused while it holds pages. Its segments are deleted, the coordinator
         forgets it, its state is erased and its daemon ends.
@@ -391,6 +430,21 @@ def add_NodeAdminServicer_to_server(servicer, server):
                     servicer.GetNode,
                     request_deserializer=vswap_dot_v1_dot_node__pb2.GetNodeRequest.FromString,
                     response_serializer=vswap_dot_v1_dot_node__pb2.NodeStatus.SerializeToString,
+            ),
+            'SetFault': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFault,
+                    request_deserializer=vswap_dot_v1_dot_node__pb2.SetFaultRequest.FromString,
+                    response_serializer=vswap_dot_v1_dot_node__pb2.SetFaultReply.SerializeToString,
+            ),
+            'Check': grpc.unary_stream_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=vswap_dot_v1_dot_node__pb2.CheckRequest.FromString,
+                    response_serializer=vswap_dot_v1_dot_node__pb2.CheckProgress.SerializeToString,
+            ),
+            'Scrub': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=vswap_dot_v1_dot_node__pb2.ScrubRequest.FromString,
+                    response_serializer=vswap_dot_v1_dot_node__pb2.ScrubProgress.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -534,6 +588,87 @@ class NodeAdmin:
             '/vswap.v1.NodeAdmin/GetNode',
             vswap_dot_v1_dot_node__pb2.GetNodeRequest.SerializeToString,
             vswap_dot_v1_dot_node__pb2.NodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFault(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vswap.v1.NodeAdmin/SetFault',
+            vswap_dot_v1_dot_node__pb2.SetFaultRequest.SerializeToString,
+            vswap_dot_v1_dot_node__pb2.SetFaultReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vswap.v1.NodeAdmin/Check',
+            vswap_dot_v1_dot_node__pb2.CheckRequest.SerializeToString,
+            vswap_dot_v1_dot_node__pb2.CheckProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vswap.v1.NodeAdmin/Scrub',
+            vswap_dot_v1_dot_node__pb2.ScrubRequest.SerializeToString,
+            vswap_dot_v1_dot_node__pb2.ScrubProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,19 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
 
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    *CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),
+    # Else a connection's window grows to megabytes for each call, read or not.
+    ("grpc.http2.bdp_probe", 0),
+    # Further calls of a connection wait in the client.
+    ("grpc.max_concurrent_streams", 64),
+]
+
+MAX_CALLS = 1024
+"""Calls that a server has under way or waiting, a window of 64 KiB each; further ones are refused,
+and repeated by the client after a pause."""
+
 _KINDS: dict[str, type[errors.VswapError]] = {kind.__name__: kind for kind in errors.GRPC_STATUS}
 
 
@@ -65,6 +78,8 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> errors.VswapError:
         return errors.OutcomeUnknown(f"connection to {address} broke: {details}", address=address)
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return errors.OutcomeUnknown(f"no reply from {address} in time", address=address)
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in details:
+        return errors.Unreachable(f"{address} is overloaded: {details}", address=address)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.BatchTooLarge(f"message over the limit: {details}", limit=MAX_BATCH_BYTES)
     if code == grpc.StatusCode.UNIMPLEMENTED:

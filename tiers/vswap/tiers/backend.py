@@ -61,11 +61,16 @@ def prefix(cluster: UUID | None = None, shard: UUID | None = None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A byte range of a segment: ``length`` bytes (> 0) from ``offset``."""
+    """A byte range of a segment: ``length`` bytes (> 0) from ``offset``.
+
+    ``whole`` is the segment's length, 0 where the reader does not know it. From it a coded backend
+    works out where the range lies; else it has to ask first.
+    """
 
     name: SegmentName
     offset: int
     length: int
+    whole: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,9 @@ class Backend(abc.ABC):
     gap_bytes: int = 4096
     """Two ranges of a segment this near to each other are better read as one."""
 
+    stripes: int = 1
+    """Into so many parts of one length a segment is cut; best no record lies across a cut."""
+
     @abc.abstractmethod
     async def open(self) -> None:
         """Connect and check that the server is fit. Raises TierUnavailable or BackendRefused."""
@@ -124,6 +132,14 @@ class Backend(abc.ABC):
         that one lost segment does not fail its neighbours.
         """
 
+    async def alternatives(self, read: Read) -> AsyncIterator[Buffer]:
+        """What else the range may be, for a reader whose check the bytes of :meth:`get` failed.
+
+        Other copies, or what other fragments give. None where there is no redundancy. Never raises.
+        """
+        return
+        yield b""
+
     @abc.abstractmethod
     async def delete(self, names: Sequence[SegmentName]) -> None:
         """Delete segments; names that do not exist are ignored. After an error any may be gone."""
@@ -139,3 +155,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     async def usage(self) -> Usage:
         """The server's own view of its memory or disk. Raises TierUnavailable."""
+
+    async def life(self) -> str:
+        """Names the server's present life: in another one it may have lost what it held.
+
+        Empty where there is no such thing. Raises TierUnavailable.
+        """
+        return ""

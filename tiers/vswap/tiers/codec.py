@@ -71,9 +71,10 @@ class Codec:
         encoded: list[Any] = list(map(self._compressor(), pages))
         ids = np.full(n, self.kind, np.uint8)
         most = page_bytes - page_bytes // 16
-        lengths = np.fromiter(map(len, encoded), np.int64, n)
-        for i in np.flatnonzero(lengths > most).tolist():
-            encoded[i], ids[i] = pages[i].data, RAW_INCOMPRESSIBLE
+        if max(map(len, encoded), default=0) > most:
+            for i, data in enumerate(encoded):
+                if len(data) > most:
+                    encoded[i], ids[i] = pages[i].data, RAW_INCOMPRESSIBLE
         return encoded, ids
 
     def _compressor(self) -> Callable[[Any], bytes]:
@@ -100,23 +101,37 @@ def decode_many(ids: Sequence[int], encoded: Sequence[Buffer], page_bytes: int) 
     decode to exactly a page, and allocates no more than that for it. Frames carry no size and no
     checksum: the page's size is known, and the record has a checksum over its encoded bytes.
     """
+    if ids.count(ZSTD) == len(ids):
+        return decode_zstd(encoded, page_bytes)
     decompress = _decompressor()
     try:
-        pages: list[Buffer]
-        if ids.count(ZSTD) == len(ids):
-            _check_frames(encoded)
-            pages = [decompress(data, page_bytes) for data in encoded]
-        else:
-            _check_frames([data for i, data in zip(ids, encoded, strict=True) if i == ZSTD])
-            pages = [
-                decompress(data, page_bytes) if i == ZSTD
-                else lz4.block.decompress(data, uncompressed_size=page_bytes) if i == LZ4
-                else data
-                for i, data in zip(ids, encoded, strict=True)
-            ]  # fmt: skip
+        _check_frames([data for i, data in zip(ids, encoded, strict=True) if i == ZSTD])
+        pages = [
+            decompress(data, page_bytes) if i == ZSTD
+            else lz4.block.decompress(data, uncompressed_size=page_bytes) if i == LZ4
+            else data
+            for i, data in zip(ids, encoded, strict=True)
+        ]  # fmt: skip
     except (zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
         raise PageCorrupt(f"a page does not decode: {error}") from error
-    if set(map(len, pages)) - {page_bytes} or (ids and max(ids) > LZ4):
+    if max(ids) > LZ4:
+        raise PageCorrupt(f"a page has the unknown codec {max(ids)}")
+    return _check_sizes(pages, page_bytes)
+
+
+def decode_zstd(frames: Sequence[Buffer], page_bytes: int) -> list[Buffer]:
+    """:func:`decode_many` of zstd frames only."""
+    decompress = _decompressor()
+    _check_frames(frames)
+    try:
+        pages: list[Buffer] = [decompress(data, page_bytes) for data in frames]
+    except zstandard.ZstdError as error:
+        raise PageCorrupt(f"a page does not decode: {error}") from error
+    return _check_sizes(pages, page_bytes)
+
+
+def _check_sizes(pages: list[Buffer], page_bytes: int) -> list[Buffer]:
+    if set(map(len, pages)) - {page_bytes}:
         raise PageCorrupt(f"a page decodes to another size than {page_bytes} bytes")
     return pages
 
@@ -128,8 +143,11 @@ _DESCRIPTOR = operator.itemgetter(4)
 def _check_frames(frames: Sequence[Buffer]) -> None:
     """Raises PageCorrupt for a frame that states its size: the library would allocate that much,
     whatever we bound it to."""
-    whole = [data for data in frames if len(data) > 4]
-    if whole and max(map(_DESCRIPTOR, whole)) >= 0x20:
+    try:
+        sized = max(map(_DESCRIPTOR, frames), default=0) >= 0x20
+    except IndexError:
+        sized = True  # No frame is as short as that.
+    if sized:
         raise PageCorrupt("a page does not decode: not a frame of ours")
 
 

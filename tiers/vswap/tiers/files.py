@@ -3,7 +3,7 @@
 Reads of cached segments are an ``os.pread`` in a worker thread; through an object store library the
 same read costs fifty times as much. A segment is written under a temporary name and then linked, so
 that it is never seen by halves and never replaced. What a killed writer left under such a name is
-removed by a later `open`.
+removed when the segment is deleted, or by a later `open`.
 """
 
 from __future__ import annotations
@@ -150,10 +150,11 @@ class FileBackend(Backend):
     async def delete(self, names: Sequence[SegmentName]) -> None:
         def work() -> None:
             for name in names:
+                path = self._root / name.key
                 try:
-                    (self._root / name.key).unlink(missing_ok=True)
+                    _delete(path)
                 except OSError as error:
-                    raise OutcomeUnknown(f"{self._root / name.key}: {error.strerror}") from error
+                    raise OutcomeUnknown(f"{path}: {error.strerror}") from error
 
         await self._run(work, late=OutcomeUnknown)
 
@@ -223,6 +224,15 @@ def _pread(fd: int, path: Path, read: Read) -> Buffer | VswapError:
     if len(data) != read.length:
         return PageLost(f"{path} is too short")
     return data
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        # Perhaps its writer was killed before it was a segment.
+        for temporary in path.parent.glob(f"{path.name}-*{_TEMPORARY}"):
+            temporary.unlink(missing_ok=True)
 
 
 def _read_error(path: Path, error: OSError) -> VswapError:

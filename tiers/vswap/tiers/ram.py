@@ -17,9 +17,11 @@ import numpy as np
 from vswap.tiers.backend import Backend, Buffer, Listed, Read, SegmentName, Usage
 from vswap.tiers.record import (
     HEADER_BYTES,
+    I64,
     MAX_PAYLOAD_BYTES,
     ROW,
     ROW_BYTES,
+    SIZE_BITS,
     U8,
     U64,
     Records,
@@ -32,7 +34,7 @@ from vswap.tiers.record import (
     write_headers,
 )
 from vswap.tiers.region import Mapping
-from vswap.tiers.segment import shard_key
+from vswap.tiers.segment import Directory, shard_key
 from vswap.wire.errors import BackendRefused, OutOfTiers, PageLost, SegmentExists, VswapError
 
 MIN_BLOCK_BYTES = 256 * 1024
@@ -77,6 +79,14 @@ class RamBackend(Backend):
     def free_blocks(self) -> int:
         return len(self._free) + len(self._warm)
 
+    def owners(self) -> dict[SegmentName, int]:
+        """The block of every segment; a copy."""
+        return dict(self._block)
+
+    def unowned(self) -> list[int]:
+        """The free blocks; a copy."""
+        return [*self._free, *self._warm]
+
     def allocate(self, name: SegmentName) -> int:
         """A block for a new segment. Raises OutOfTiers: no block, or shared memory is full."""
         if name in self._block:
@@ -110,7 +120,7 @@ class RamBackend(Backend):
 
     def cool(self, most: int) -> bool:
         """Gives memory of free blocks back that was not needed since the last round, of at most so
-        many blocks; True = there is more in this round. Call it every second or so.
+        many blocks; True = there is more in this round. Call it every few seconds.
 
         A page of a fresh block costs 3 us more to write: the kernel clears it, and maps it.
         """
@@ -196,17 +206,18 @@ def append(block: U8, records: Records, *, payload: int, count: int, own: np.uin
 
 
 def append_raw(
-    block: U8, pages: U8, *, space: int, slots: U64, sums: U64, meta: int, payload: int, count: int,
-    own: np.uint64,
+    block: U8, pages: U8 | None, *, space: int, slots: U64, sums: U64, meta: int, size: int,
+    payload: int, count: int, own: np.uint64,
 ) -> U64:  # fmt: skip
-    """:func:`append` for pages (n, page_bytes) as they are: one copy of the bytes.
+    """:func:`append` for pages (n, page_bytes) as they are: one copy of the bytes, or none where
+    they lie there already (None; see :func:`places_raw`).
 
-    ``sums`` (n,) are portable; ``meta`` is the same for all.
+    ``size`` is that of a record; ``sums`` (n,) are portable; ``meta`` is the same for all.
     """
-    n, page_bytes = pages.shape
-    size = page_bytes + HEADER_BYTES
-    records = block[payload : payload + n * size].reshape(n, size)
-    records[:, HEADER_BYTES:] = pages
+    n = len(slots)
+    records = places_raw(block, size, payload, n)
+    if pages is not None:
+        records[:, HEADER_BYTES:] = pages
     headers = records.view(np.uint64)
     headers[:, 0] = sums ^ own
     headers[:, 1] = meta
@@ -216,6 +227,38 @@ def append_raw(
     rows = block[end - ROW_BYTES * n : end].view(ROW)[::-1]
     rows["space"], rows["slot"], rows["loc"] = space, slots, loc
     return loc
+
+
+def append_encoded(
+    block: U8, data: bytes, size: I64, *, space: int, slots: U64, sums: U64, meta: U64,
+    payload: int, count: int, own: np.uint64,
+) -> U64:  # fmt: skip
+    """:func:`append` for freshly encoded pages of one space: ``data`` are their records, of
+    ``size`` (n,) bytes, back to back, with empty headers; ``sums`` (n,) are portable."""
+    offset = np.cumsum(size)
+    offset -= size
+    offset += payload
+    block.data[payload : payload + len(data)] = data
+    words = block.view(np.uint64)
+    index = offset >> 3
+    words[index] = sums ^ own
+    index += 1
+    words[index] = meta
+    loc = ((offset << (SIZE_BITS - 4)) | (size >> 4)).view(np.uint64)
+    end = len(block) - ROW_BYTES * count
+    rows = block[end - ROW_BYTES * len(size) : end].view(ROW)[::-1]
+    rows["space"], rows["slot"], rows["loc"] = space, slots, loc
+    return loc
+
+
+def places_raw(block: U8, size: int, payload: int, n: int) -> U8:
+    """Where the next ``n`` records of ``size`` bytes will lie: (n, size), headers included."""
+    return block[payload : payload + n * size].reshape(n, size)
+
+
+def read_directory(block: U8, count: int) -> Directory:
+    """The first ``count`` rows of a block, oldest first; copies."""
+    return Directory.of(block[len(block) - ROW_BYTES * count :].view(ROW)[::-1])
 
 
 def read_block(block: U8, count: int, name: SegmentName) -> tuple[Records, np.ndarray]:

@@ -103,8 +103,8 @@ class RedisBackend(Backend):
                 self._say("has no maxmemory, so the tier needs a capacity (capacity_bytes)")
             )
 
-    async def _info(self) -> dict[str, str]:
-        [answer] = await self._call(["INFO"])
+    async def _info(self, *section: str) -> dict[str, str]:
+        [answer] = await self._call(["INFO", *section])
         lines = self._checked(answer).decode(errors="replace").splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
@@ -176,6 +176,9 @@ class RedisBackend(Backend):
     async def usage(self) -> Usage:
         info = await self._info()
         return Usage(int(info["used_memory"]), int(info.get("maxmemory") or 0) or None)
+
+    async def life(self) -> str:
+        return (await self._info("server"))["run_id"]
 
     # ---------------------------------------------------------------- the wire
 

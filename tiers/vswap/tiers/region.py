@@ -7,6 +7,7 @@ full file system into an error. *Reading* a hole allocates a page too: scan with
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from vswap.wire.errors import OutOfTiers, StateInvalid
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_MADV_POPULATE_READ = 22
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -29,9 +31,11 @@ class Mapping:
     """One sparse file, mapped shared and whole. Not thread-safe."""
 
     def __init__(
-        self, path: Path, size: int, *, create: bool, on_full: Callable[[], int] = lambda: 0
-    ) -> None:
-        """Maps ``size`` bytes of ``path``; ``create`` replaces what is there.
+        self, path: Path, size: int, *, create: bool, on_full: Callable[[], int] = lambda: 0,
+        resident: bool = False,
+    ) -> None:  # fmt: skip
+        """Maps ``size`` bytes of ``path``; ``create`` replaces what is there; ``resident`` touches
+        all of that (a tenth of a second a GiB).
 
         An existing file that is shorter grows (a table whose maximum was raised); one that is
         longer is refused with StateInvalid. ``on_full`` is asked to give memory back, and says how
@@ -54,6 +58,13 @@ class Mapping:
             os.close(self._fd)
             raise
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._mmap, np.uint8)
+        if resident:
+            self._touch()
+
+    def _touch(self) -> None:
+        for start, end in self.extents():
+            with contextlib.suppress(OSError):  # Linux before 5.14 does not know how.
+                self._mmap.madvise(_MADV_POPULATE_READ, start, end - start)
 
     def array(self, dtype: Any, offset: int = 0, count: int = -1) -> NDArray[Any]:
         """A view; holding one does not allocate memory."""
@@ -121,10 +132,15 @@ class Mapping:
 
 
 class Region:
-    """A directory of mappings: the seam behind which a node's shared memory lies."""
+    """A directory of mappings: the seam behind which a node's shared memory lies.
 
-    def __init__(self, directory: Path) -> None:
+    ``resident``: a process that locks its memory as it touches it has everything locked at once
+    that an earlier life left.
+    """
+
+    def __init__(self, directory: Path, *, resident: bool = False) -> None:
         self.directory = directory
+        self._resident = resident
         self.on_full: list[Callable[[], int]] = []
         """Asked for memory when there is none left: each gives back what it can, and says how
         many pieces that was."""
@@ -137,7 +153,10 @@ class Region:
 
     def open(self, name: str, size: int) -> Mapping:
         """Raises StateInvalid where it is missing."""
-        return Mapping(self.directory / name, size, create=False, on_full=self._make_room)
+        return Mapping(
+            self.directory / name, size, create=False, on_full=self._make_room,
+            resident=self._resident,
+        )  # fmt: skip
 
     def exists(self, name: str) -> bool:
         return (self.directory / name).exists()

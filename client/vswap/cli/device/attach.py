@@ -1,15 +1,17 @@
 """Attaching a space as a block device of this machine, and taking it off again.
 
 Through the kernel's nbd driver where there is one; else ``nbdfuse`` shows the space as a file, and
-a loop device makes a block device of it. In between ``nbdkit`` repeats what the node did not
-answer: a node that dies and comes back is a pause to the kernel, not an error.
+a loop device makes a block device of it. In between a relay of our own asks again what the node did
+not answer: a node that dies and comes back is a pause to the kernel, not an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,11 @@ from pathlib import Path
 from vswap.cli.device import machine
 from vswap.cli.device.journal import Journal, Step
 from vswap.cli.device.memory_group import MemoryGroup
-from vswap.wire.errors import Refused
+from vswap.wire.errors import Refused, VswapError
 
 _MOUNTS = Path("/run/vswap/mounts")
-_RETRY_S = 300
-"""How long the kernel's requests wait for a node that is away."""
 _APPEAR_S = 15.0
-_KEPT_GROUP = "vswap-attached"
+_KEPT_GROUP = "vswap-device-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,14 @@ class Wanted:
     space_bytes: int
     swap: bool
     priority: int | None
+    force: bool = False
+    """Also where it cannot be kept from being swapped out to itself."""
+
+
+def need_programs(*, swap: bool) -> None:
+    """Raises Refused with what to install, before anything is done."""
+    machine.need(*([] if has_nbd_driver() else ["nbdfuse", "fusermount3", "losetup"]))
+    machine.need(*(["mkswap", "swapon"] if swap else []))
 
 
 def has_nbd_driver() -> bool:
@@ -50,7 +58,10 @@ def has_nbd_driver() -> bool:
 
 
 def attach(wanted: Wanted, journal: Journal) -> str:
-    """Attaches; returns the device. What was done is undone if anything fails, or on Ctrl-C."""
+    """Attaches; returns the device. What was done is undone if anything fails, or on Ctrl-C.
+
+    Raises Refused. What cannot be undone stays in the journal, for `detach`.
+    """
     try:
         whole = wanted.size_bytes == wanted.space_bytes
         device = _by_driver(wanted, journal) if whole and has_nbd_driver() else None
@@ -58,8 +69,14 @@ def attach(wanted: Wanted, journal: Journal) -> str:
         if wanted.swap:
             _swap_on(device, wanted, journal)
         return device
-    except BaseException:
-        detach(journal)
+    except BaseException as error:
+        try:
+            detach(journal)
+        except VswapError as left:
+            why = str(error) or "interrupted"
+            raise Refused(
+                f"{why}; undoing failed too: {left}; `vswap detach {wanted.space}` tries again"
+            ) from error
         raise
 
 
@@ -91,7 +108,15 @@ def _by_driver(wanted: Wanted, journal: Journal) -> str:
 
 
 def _by_fuse(wanted: Wanted, journal: Journal) -> str:
-    machine.need("nbdfuse", "nbdkit", "fusermount3", "losetup")
+    machine.need("nbdfuse", "fusermount3", "losetup")
+    group = _group_without_swap(wanted, journal) if wanted.swap else None
+    file = _fuse(wanted, journal, group)
+    journal.begin("loop", file=str(file))
+    return machine.run("losetup", "--direct-io=on", "-f", "--show", str(file)).strip()
+
+
+def _fuse(wanted: Wanted, journal: Journal, group: MemoryGroup | None) -> Path:
+    """Shows the space as a file; returns it."""
     mount = _MOUNTS / wanted.name
     file = mount / "nbd"
     journal.begin("directory", path=str(mount))
@@ -100,30 +125,33 @@ def _by_fuse(wanted: Wanted, journal: Journal) -> str:
     log = journal.path.with_suffix(".log")
     with open(log, "w") as output:
         process = subprocess.Popen(
-            ["nbdfuse", str(file), "--command", *_nbdkit(wanted)],
+            ["nbdfuse", str(file), "--command", sys.executable, "-m", "vswap.cli.device.relay",
+             wanted.nbd, wanted.space, str(wanted.size_bytes)],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            # From the start: memory stays charged to the group in which it was first touched.
+            preexec_fn=lambda: group.enter(os.getpid()) if group else None,
         )  # fmt: skip
     journal.amend(step, pid=process.pid)
     _wait_for(file, process, log)
-    _protect(process.pid)
-    journal.begin("loop", file=str(file))
-    out = machine.run(
-        "losetup", "--direct-io=on", "--sizelimit", str(wanted.size_bytes), "-f", "--show",
-        str(file),
-    )  # fmt: skip
-    return out.strip()
+    for one in (process.pid, *machine.children(process.pid)):
+        # Not every machine permits it; what they need is small.
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{one}/oom_score_adj").write_text("-1000")
+    return file
 
 
-def _nbdkit(wanted: Wanted) -> list[str]:
-    if wanted.nbd.startswith("unix:"):
-        where = [f"socket={wanted.nbd.removeprefix('unix:')}"]
-    else:
-        host, _, port = wanted.nbd.rpartition(":")
-        where = [f"hostname={host.strip('[]')}", f"port={port}"]
-    return [
-        "nbdkit", "-s", "--exit-with-parent", "--filter=retry", "nbd", *where,
-        f"export={wanted.space}", f"retries={_RETRY_S}", "retry-delay=1", "retry-exponential=no",
-    ]  # fmt: skip
+def _group_without_swap(wanted: Wanted, journal: Journal) -> MemoryGroup | None:
+    """For what stands between the kernel and its swap, which must never be swapped out itself."""
+    name = _KEPT_GROUP + wanted.name
+    journal.begin("group", name=name)
+    try:
+        group = MemoryGroup.at(name)
+        group.forbid_swap()
+        return group
+    except Refused:
+        if wanted.force:
+            return None
+        raise
 
 
 def _wait_for(file: Path, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -135,22 +163,7 @@ def _wait_for(file: Path, process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(0.02)
 
 
-def _protect(pid: int) -> None:
-    """Keeps what stands between the kernel and its swap from being killed or swapped out."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    group = MemoryGroup.at(_KEPT_GROUP)
-    for process in (str(pid), *children):
-        try:
-            Path(f"/proc/{process}/oom_score_adj").write_text("-1000")
-            group.forbid_swap()
-            group.enter(int(process))
-        except OSError:
-            # The checks of the command say what could not be had.
-            continue
-
-
 def _swap_on(device: str, wanted: Wanted, journal: Journal) -> None:
-    machine.need("mkswap", "swapon")
     machine.run("mkswap", "--label", "vswap", device)
     journal.begin("swap", device=device)
     flags = [] if wanted.priority is None else ["--priority", str(wanted.priority)]
@@ -172,10 +185,18 @@ def _undo_driver(step: Step) -> None:
         machine.run("nbd-client", "-d", step["device"])
 
 
+def _undo_group(step: Step) -> None:
+    with contextlib.suppress(Refused):
+        # At worst an empty group is left; a machine without groups has none.
+        MemoryGroup.at(step["name"]).remove()
+
+
 UNDO = {
+    "for exec": lambda step: None,
     "directory": _undo_directory,
     "mount": lambda step: machine.unmount(Path(step["path"]), step["pid"]),
     "loop": lambda step: machine.loop_off(step["file"]),
     "nbd": _undo_driver,
+    "group": _undo_group,
     "swap": lambda step: machine.swap_off(step["device"]),
 }

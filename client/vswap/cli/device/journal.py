@@ -26,19 +26,21 @@ Undo = Callable[[Step], None]
 class Journal:
     """The steps of one attached device. A context that holds the file's lock."""
 
-    def __init__(self, name: str, directory: Path = DIRECTORY) -> None:
+    def __init__(self, name: str, directory: Path = DIRECTORY, *, wait: bool = False) -> None:
         self.name = name
         self.path = directory / f"{name}.json"
+        self._wait = wait
         self.steps: list[Step] = []
         self._fd = -1
 
     def __enter__(self) -> Journal:
-        """Locks and reads. Raises Refused while another command is at it, StateInvalid."""
+        """Locks and reads. Raises StateInvalid, or Refused while another command is at it, unless
+        we are to wait for it."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = self.path.with_suffix(".lock")
         self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
         except OSError as error:
             os.close(self._fd)
             raise Refused(f"{self.name} is being attached or detached by another command") from (
@@ -100,6 +102,32 @@ class Journal:
             undoers[step["kind"]](step)
             self.steps.pop()
             self._save()
+
+
+class Users:
+    """Who uses an attachment that others might undo: a context, and a lock that dies with us."""
+
+    def __init__(self, name: str, directory: Path = DIRECTORY) -> None:
+        self._path = directory / f"{name}.users"
+        self._fd = -1
+
+    def __enter__(self) -> Users:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        return self
+
+    def others(self) -> bool:
+        """Whether anybody else uses it. Ask with the journal open: then nobody can begin to."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            # Turning one kind of lock into the other may lose the first.
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            return True
+        return False
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
 
 
 def attached(directory: Path = DIRECTORY) -> list[str]:

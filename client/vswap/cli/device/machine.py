@@ -7,14 +7,16 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vswap.wire.errors import Refused
 
 _PACKAGES = {
     "nbdfuse": "libnbd-bin",
-    "nbdkit": "nbdkit",
     "fusermount3": "fuse3",
     "losetup": "util-linux",
     "mkswap": "util-linux",
@@ -28,8 +30,29 @@ _SWAPOFF_S = 3600.0
 
 
 def need_root() -> None:
+    """Raises Refused."""
+    if sys.platform != "linux":
+        raise Refused(
+            "block devices and swap need Linux; pages are stored and loaded from anywhere"
+        )
     if os.geteuid() != 0:
         raise Refused("only root can attach devices: use sudo, or `vswap` in a root shell")
+
+
+@contextlib.contextmanager
+def ended_politely() -> Iterator[None]:
+    """What would end us at once is a Ctrl-C: it is undone what was begun."""
+
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def need(*programs: str) -> None:
@@ -53,6 +76,12 @@ def run(*command: str, timeout_s: float = _COMMAND_S) -> str:
         said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
         raise Refused(f"{' '.join(command)}: {said}")
     return done.stdout
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process of one thread, or its first thread, has started."""
+    told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in told.split()]
 
 
 def swaps() -> list[str]:

@@ -10,6 +10,8 @@ from vswap.wire.errors import Refused
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
+_NO_SWAP = {1: "memory.swappiness", 2: "memory.swap.max"}
+"""Where 0 keeps a group's memory from being swapped out."""
 
 
 class MemoryGroup:
@@ -44,9 +46,12 @@ class MemoryGroup:
 
     def forbid_swap(self) -> None:
         """What is in it is never swapped out. (Version 1: as long as there is other memory.)"""
-        self.path.mkdir(exist_ok=True)
-        name, value = ("memory.swappiness", "0") if self.version == 1 else ("memory.swap.max", "0")
-        (self.path / name).write_text(value)
+        file = self.path / _NO_SWAP[self.version]
+        try:
+            self.path.mkdir(exist_ok=True)
+            file.write_text("0")
+        except OSError as error:
+            raise Refused(f"{file}: {error.strerror}: cannot keep it from being swapped") from error
 
     def enter(self, pid: int) -> None:
         (self.path / "cgroup.procs").write_text(str(pid))
@@ -67,6 +72,28 @@ class MemoryGroup:
             except OSError:
                 time.sleep(0.05)
         raise Refused(f"{self.path} cannot be removed")
+
+
+def may_be_swapped(pid: int) -> bool:
+    """Whether no group of a process keeps it from being swapped out."""
+    return groups_let_swap(Path(f"/proc/{pid}/cgroup"))
+
+
+def groups_let_swap(told: Path) -> bool:
+    """The same, of the groups that such a file tells."""
+    for line in told.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            files = [_V1 / path.strip("/") / _NO_SWAP[1]]
+        elif not controllers:
+            # What a group may not, none below it may.
+            steps = Path(path.strip("/"))
+            files = [_V2 / step / _NO_SWAP[2] for step in (steps, *steps.parents)]
+        else:
+            continue
+        if any(file.exists() and file.read_text().strip() == "0" for file in files):
+            return False
+    return True
 
 
 def remove_dead(prefix: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import grpc
 import numpy as np
 
 from vswap.node.shard import Shard
 from vswap.node.spaces import Space
 from vswap.node.tags import Tags
 from vswap.tiers.record import U8, U64
-from vswap.v1 import node_pb2, node_pb2_grpc
+from vswap.v1 import node_pb2
 from vswap.wire.aio import Context, served
 from vswap.wire.errors import (
     BatchTooLarge,
@@ -23,50 +25,75 @@ from vswap.wire.errors import (
 )
 from vswap.wire.rpc import MAX_BATCH_BYTES, MAX_FREE_SLOTS
 
-_WAITING_SHARE = 4
+_ARRIVAL_S = _DEPARTURE_S = 10.0
+"""A store that has room must arrive in it, and a reply be taken: they keep room from others."""
 
 
-class PagesService(node_pb2_grpc.PagesServicer):
+class PagesService:
     """Validates, then hands numpy views of the message to the pager; no copy on the way in.
 
-    ``inflight_bytes`` bounds the page bytes of all calls under way. Further calls wait, and once
-    the stores that wait hold four times as much, more are refused with Unreachable.
+    ``inflight_bytes`` bounds the page bytes of all calls under way; further calls wait. So that
+    they wait with the client, not in our memory, a store is read from its connection once there is
+    room for it, and a load's room is free once its reply has gone.
 
-    A tag is admitted first, so that any answer, an error too, tells the client that its earlier
-    requests are fenced; and again after the wait, in the turn in which the pager takes the request.
+    A tag is admitted before anything is answered but Unreachable, so that any other answer tells
+    the client that its earlier requests are fenced; and after the wait, in the turn in which the
+    pager takes the request.
     """
 
     def __init__(self, shard: Shard, *, inflight_bytes: int) -> None:
         self._shard = shard
         self._tags = Tags()
-        limit_bytes = max(inflight_bytes, MAX_BATCH_BYTES)
-        self._room = Room(limit_bytes, _WAITING_SHARE * limit_bytes)
+        self._room = Room(max(inflight_bytes, MAX_BATCH_BYTES))
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serves the calls there. On the wire a stream of one message is the message."""
+        v1 = node_pb2
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Store": grpc.stream_unary_rpc_method_handler(
+                self.store, v1.StoreRequest.FromString, v1.StoreReply.SerializeToString
+            ),
+            "Load": grpc.unary_stream_rpc_method_handler(
+                self.load, v1.LoadRequest.FromString, v1.LoadReply.SerializeToString
+            ),
+            "Confirm": grpc.unary_unary_rpc_method_handler(
+                self.confirm, v1.ConfirmRequest.FromString, v1.ConfirmReply.SerializeToString
+            ),
+            "Free": grpc.unary_unary_rpc_method_handler(
+                self.free, v1.FreeRequest.FromString, v1.FreeReply.SerializeToString
+            ),
+            "Locate": grpc.unary_unary_rpc_method_handler(
+                self.locate, v1.LocateRequest.FromString, v1.LocateReply.SerializeToString
+            ),
+        }
+        name = v1.DESCRIPTOR.services_by_name["Pages"].full_name
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
     @served
-    async def Store(  # noqa: N802
-        self, request: node_pb2.StoreRequest, context: Context
+    async def store(
+        self, _requests: AsyncIterator[node_pb2.StoreRequest], context: Context
     ) -> node_pb2.StoreReply:
-        self._tags.admit(request.tag)
-        space = self._shard.spaces.get(request.space)
-        slots = _slots(request.slots)
-        _check_batch(space, slots)
-        _check_distinct(space, slots)
-        if len(request.pages) != len(slots) * space.page_bytes:
-            raise PageSizeMismatch(
-                f"{len(slots)} pages of {space.page_bytes} bytes are "
-                f"{len(slots) * space.page_bytes} bytes, not {len(request.pages)}",
-                expected=len(slots) * space.page_bytes, got=len(request.pages),
-            )  # fmt: skip
-        pages: U8 = np.frombuffer(request.pages, np.uint8).reshape(-1, space.page_bytes)
-        async with self._room.take(len(request.pages), held_bytes=len(request.pages)):
+        async with self._room.take(MAX_BATCH_BYTES) as held:
+            # Not from the iterator, which keeps a message for long after the call.
+            request = await _first(context)
             self._tags.admit(request.tag)
+            space = self._shard.spaces.get(request.space)
+            slots = _slots(request.slots)
+            _check_batch(space, slots)
+            _check_distinct(space, slots)
+            if len(request.pages) != len(slots) * space.page_bytes:
+                raise PageSizeMismatch(
+                    f"{len(slots)} pages of {space.page_bytes} bytes are "
+                    f"{len(slots) * space.page_bytes} bytes, not {len(request.pages)}",
+                    expected=len(slots) * space.page_bytes, got=len(request.pages),
+                )  # fmt: skip
+            held.shrink(len(request.pages))
+            pages: U8 = np.frombuffer(request.pages, np.uint8).reshape(-1, space.page_bytes)
             await self._shard.pager.store(space, slots, pages)
         return node_pb2.StoreReply()
 
     @served
-    async def Load(  # noqa: N802
-        self, request: node_pb2.LoadRequest, context: Context
-    ) -> node_pb2.LoadReply:
+    async def load(self, request: node_pb2.LoadRequest, context: Context) -> None:
         self._tags.admit(request.tag)
         space = self._shard.spaces.get(request.space)
         slots = _slots(request.slots)
@@ -75,14 +102,19 @@ class PagesService(node_pb2_grpc.PagesServicer):
             _check_distinct(space, slots)
         async with self._room.take(len(slots) * space.page_bytes):
             self._tags.admit(request.tag)
+            token = 0
             if request.exclusive:
                 pages, token = await self._shard.pager.load_exclusive(space, slots)
-                return node_pb2.LoadReply(pages=pages.tobytes(), token=token)
-            loaded = await self._shard.pager.load(space, slots)
-            return node_pb2.LoadReply(pages=loaded.tobytes())
+            else:
+                pages = await self._shard.pager.load(space, slots)
+            reply = node_pb2.LoadReply(pages=pages.tobytes(), token=token)
+            try:
+                await asyncio.wait_for(context.write(reply), _DEPARTURE_S)
+            except TimeoutError:
+                raise Unreachable(f"a reply was not taken for {_DEPARTURE_S:.0f} s") from None
 
     @served
-    async def Confirm(  # noqa: N802
+    async def confirm(
         self, request: node_pb2.ConfirmRequest, context: Context
     ) -> node_pb2.ConfirmReply:
         self._tags.admit(request.tag)
@@ -90,9 +122,7 @@ class PagesService(node_pb2_grpc.PagesServicer):
         return node_pb2.ConfirmReply(freed=await self._shard.pager.confirm(space, request.token))
 
     @served
-    async def Free(  # noqa: N802
-        self, request: node_pb2.FreeRequest, context: Context
-    ) -> node_pb2.FreeReply:
+    async def free(self, request: node_pb2.FreeRequest, context: Context) -> node_pb2.FreeReply:
         self._tags.admit(request.tag)
         space = self._shard.spaces.get(request.space)
         slots = _slots(request.slots)
@@ -105,7 +135,7 @@ class PagesService(node_pb2_grpc.PagesServicer):
         return node_pb2.FreeReply(freed=await self._shard.pager.free(space, slots))
 
     @served
-    async def Locate(  # noqa: N802
+    async def locate(
         self, request: node_pb2.LocateRequest, context: Context
     ) -> node_pb2.LocateReply:
         space = self._shard.spaces.get(request.space)
@@ -116,34 +146,52 @@ class PagesService(node_pb2_grpc.PagesServicer):
 class Room:
     """A bound on bytes in flight. Fair: who waits longest goes first."""
 
-    def __init__(self, limit_bytes: int, waiting_bytes: int) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._free = limit_bytes
-        self._waiting_free = waiting_bytes
         self._turn = asyncio.Lock()
         self._freed = asyncio.Event()
 
     @asynccontextmanager
-    async def take(self, amount_bytes: int, *, held_bytes: int = 0) -> AsyncIterator[None]:
-        """Waits for room; ``held_bytes`` of memory are taken up meanwhile.
+    async def take(self, amount_bytes: int) -> AsyncIterator[Held]:
+        """Waits for room."""
+        async with self._turn:
+            while self._free < amount_bytes:
+                self._freed.clear()
+                await self._freed.wait()
+            self._free -= amount_bytes
+        held = Held(self, amount_bytes)
+        try:
+            yield held
+        finally:
+            held.shrink(0)
 
-        Raises Unreachable where those who wait hold too much already.
-        """
-        if held_bytes > self._waiting_free:
-            raise Unreachable("the node is overloaded: too many stores wait already; try again")
-        self._waiting_free -= held_bytes
-        try:
-            async with self._turn:
-                while self._free < amount_bytes:
-                    self._freed.clear()
-                    await self._freed.wait()
-                self._free -= amount_bytes
-        finally:
-            self._waiting_free += held_bytes
-        try:
-            yield
-        finally:
-            self._free += amount_bytes
-            self._freed.set()
+    def give(self, amount_bytes: int) -> None:
+        self._free += amount_bytes
+        self._freed.set()
+
+
+class Held:
+    """Room that is taken."""
+
+    def __init__(self, room: Room, amount_bytes: int) -> None:
+        self._room = room
+        self._amount = amount_bytes
+
+    def shrink(self, amount_bytes: int) -> None:
+        """Gives back what is not needed."""
+        self._room.give(self._amount - amount_bytes)
+        self._amount = amount_bytes
+
+
+async def _first(context: Context) -> node_pb2.StoreRequest:
+    try:
+        request: Any = await asyncio.wait_for(context.read(), _ARRIVAL_S)
+    except TimeoutError:
+        raise Unreachable(f"a store did not arrive within {_ARRIVAL_S:.0f} s") from None
+    if request is grpc.aio.EOF:
+        raise InvalidRequest("a store without a message")
+    found: node_pb2.StoreRequest = request
+    return found
 
 
 def _slots(data: bytes) -> U64:

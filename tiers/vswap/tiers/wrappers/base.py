@@ -15,6 +15,7 @@ class Wrapper(Backend):
         self.inner = inner
         self.segment_bytes = inner.segment_bytes
         self.gap_bytes = inner.gap_bytes
+        self.stripes = inner.stripes
 
     async def open(self) -> None:
         await self.inner.open()
@@ -28,6 +29,10 @@ class Wrapper(Backend):
     async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:
         return await self.inner.get(reads)
 
+    async def alternatives(self, read: Read) -> AsyncIterator[Buffer]:
+        async for other in self.inner.alternatives(read):
+            yield other
+
     async def delete(self, names: Sequence[SegmentName]) -> None:
         await self.inner.delete(names)
 
@@ -37,3 +42,6 @@ class Wrapper(Backend):
 
     async def usage(self) -> Usage:
         return await self.inner.usage()
+
+    async def life(self) -> str:
+        return await self.inner.life()

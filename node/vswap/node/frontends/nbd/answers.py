@@ -9,6 +9,8 @@ import structlog
 
 from vswap.node.frontends.nbd.replies import Replies
 from vswap.node.frontends.nbd.requests import Write
+from vswap.tiers.backend import Buffer
+from vswap.tiers.record import U64
 from vswap.wire.errors import NBD_ERRNO, InternalError, VswapError
 
 logger = structlog.get_logger("vswap.node.nbd")
@@ -18,7 +20,7 @@ class Answers:
     """Sends them for one connection, and counts."""
 
     def __init__(
-        self, send: Callable[[bytes], None], replies: Replies, counters: Counter[str]
+        self, send: Callable[[Buffer], None], replies: Replies, counters: Counter[str]
     ) -> None:
         self._send = send
         self._replies = replies
@@ -32,6 +34,11 @@ class Answers:
         if isinstance(error, InternalError):
             logger.error("a request failed in an unforeseen way", exc_info=error)
         self.refuse(cookie, NBD_ERRNO[type(error)], error.message)
+
+    def stored_all(self, cookies: U64) -> None:
+        """Answers writes that are stored whole; ``cookies`` as they travel."""
+        self._counters["nbd_write"] += len(cookies)
+        self._send(self._replies.done_all(cookies))
 
     def stored(self, writes: list[Write]) -> None:
         """Counts pieces of writes as done; answers the writes that have no more to come."""

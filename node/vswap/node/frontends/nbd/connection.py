@@ -53,6 +53,8 @@ class Connection(asyncio.BufferedProtocol):
         self._session: Session | None = None
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._end = 0
+        self._streaming = False
+        """Long writes follow each other: most of each is received where it will lie."""
         self._pump_scheduled = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._write_paused = False
@@ -95,6 +97,10 @@ class Connection(asyncio.BufferedProtocol):
         return True
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._streaming and self._session is not None:
+            # Leave long writes in the socket, for :meth:`Session.receive`.
+            page = self._session.page_bytes
+            return self._buffer[self._end : page if self._end < page else self._end + page]
         return self._buffer[self._end :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -103,23 +109,44 @@ class Connection(asyncio.BufferedProtocol):
             self._end = 0
             return
         try:
-            used = self._negotiate() if self._handshake is not None else 0
-            session = self._session
-            if session is not None:
-                used += session.feed(self._buffer[used : self._end])
-                self.pump()
-                if session.said_goodbye:
-                    self._end_soon()
+            self._take()
         except ProtocolError as error:
             logger.info("dropped an NBD client", why=str(error))
             self._counters["nbd_protocol_errors"] += 1
             self.abort()
             return
+        self._throttle()
+
+    def _take(self) -> None:
+        """Takes what it can of what is in the buffer, and of long writes from the socket."""
+        used = self._negotiate() if self._handshake is not None else 0
+        session = self._session
+        left = None
+        if session is not None:
+            if not self._streaming:
+                used += session.feed(self._buffer[used : self._end])
+            self._keep(used)
+            left = session.receive(self._socket, self._buffer, self._end)
+            if left is None and self._streaming:
+                self._keep(session.feed(self._buffer[: self._end]))
+                left = session.receive(self._socket, self._buffer, self._end)
+            if left is not None:
+                self._end = left
+                if session.must_feed(left):
+                    self._keep(session.feed(self._buffer[:left]))
+            self._streaming = left is not None
+            self.pump()
+            if session.said_goodbye:
+                self._end_soon()
+        else:
+            self._keep(used)
+
+    def _keep(self, used: int) -> None:
+        """Moves what is left of the buffer to its front."""
         left = self._end - used
         if used and left:
             self._buffer[:left] = bytes(self._buffer[used : self._end])
         self._end = left
-        self._throttle()
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -163,7 +190,8 @@ class Connection(asyncio.BufferedProtocol):
         self._handshake = None
         self._session = Session(
             self, self._find_device(offer.name), offer, handshake.contexts,
-            Replies(structured=handshake.structured), self._counters,
+            Replies(structured=handshake.structured, page_bytes=offer.page_bytes),
+            self._counters,
         )  # fmt: skip
 
     # ---------------------------------------------------------------- flow

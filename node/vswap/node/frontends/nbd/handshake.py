@@ -31,6 +31,8 @@ class Offer:
     name: str
     size_bytes: int
     page_bytes: int
+    identity: str = ""
+    """Names this very space: never that of another one, not even of one of the same name."""
 
 
 class Catalogue(Protocol):
@@ -195,6 +197,7 @@ class Handshake:
             self._reply(option, Reply.INFO, struct.pack(">H", Info.NAME) + offer.name.encode())
         if Info.DESCRIPTION in wanted:
             text = f"vswap space {offer.name}, pages of {offer.page_bytes} bytes"
+            text += f", {offer.identity}" if offer.identity else ""
             self._reply(option, Reply.INFO, struct.pack(">H", Info.DESCRIPTION) + text.encode())
         sizes = (1, offer.page_bytes, wire.MAX_REQUEST_BYTES)
         self._reply(option, Reply.INFO, struct.pack(">HIII", Info.BLOCK_SIZE, *sizes))

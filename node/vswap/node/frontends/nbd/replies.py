@@ -7,16 +7,50 @@ from collections.abc import Sequence
 import numpy as np
 
 from vswap.node.frontends.nbd import wire
-from vswap.tiers.record import U32
+from vswap.tiers.record import U32, U64
 
 _MAX_TEXT_BYTES = 1024
+
+
+class _Template:
+    """Replies that differ in cookie and offset only."""
+
+    def __init__(self, reply: bytes, **fields: int) -> None:
+        """``fields``: where in the reply they are."""
+        self._reply = reply
+        self.row = np.dtype(
+            {
+                "names": list(fields), "formats": ["=u8"] * len(fields),
+                "offsets": list(fields.values()), "itemsize": len(reply),
+            }
+        )  # fmt: skip
+
+    def fill(self, **fields: U64) -> bytearray:
+        """One reply for each row of the fields, which are as they travel."""
+        replies = bytearray(self._reply * len(fields["cookie"]))
+        rows = np.frombuffer(replies, self.row)
+        for name in self.row.names or ():
+            rows[name] = fields[name]
+        return replies
 
 
 class Replies:
     """Makes the replies for one connection."""
 
-    def __init__(self, *, structured: bool) -> None:
+    def __init__(self, *, structured: bool, page_bytes: int) -> None:
         self.structured = structured
+        self._done = _Template(self.done(0), cookie=8)
+        header = self.data(0, 0, page_bytes)
+        self._page = _Template(header, cookie=8, **({"offset": 20} if structured else {}))
+
+    def done_all(self, cookies: U64) -> bytearray:
+        """:meth:`done` of many; ``cookies`` as they travel."""
+        return self._done.fill(cookie=cookies)
+
+    def pages(self, cookies: U64, offsets: U64) -> list[bytearray]:
+        """:meth:`data` of many reads of one page; both as they travel."""
+        replies, size = self._page.fill(cookie=cookies, offset=offsets), self._page.row.itemsize
+        return [replies[start : start + size] for start in range(0, len(replies), size)]
 
     def done(self, cookie: int) -> bytes:
         """A success without data. Also what ends a structured reply in several chunks."""

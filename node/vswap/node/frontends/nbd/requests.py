@@ -8,6 +8,7 @@ at page boundaries: a client cannot make the server hold a request that it does 
 from __future__ import annotations
 
 from vswap.node.frontends.nbd import wire
+from vswap.node.frontends.nbd.runs import Run, Runs
 from vswap.node.frontends.nbd.wire import Command
 
 _WRITE = int(Command.WRITE)
@@ -17,13 +18,14 @@ _WRITE = int(Command.WRITE)
 class Write:
     """A write whose payload arrives in pieces. Answered once all have arrived and are stored."""
 
-    __slots__ = ("cookie", "error", "left", "offset", "pending", "why")
+    __slots__ = ("cookie", "error", "left", "length", "offset", "pending", "why")
 
-    def __init__(self, cookie: int, offset: int, left: int) -> None:
+    def __init__(self, cookie: int, offset: int, length: int) -> None:
         self.cookie = cookie
+        self.length = length
         self.offset = offset
         """Where the next piece goes."""
-        self.left = left
+        self.left = length
         """Bytes that have not arrived."""
         self.pending = 0
         """Pieces that are being stored."""
@@ -42,14 +44,21 @@ class Parser:
 
     def __init__(self, *, size_bytes: int, page_bytes: int, has_contexts: bool) -> None:
         self._size = size_bytes
+        self._page_bytes = page_bytes
         self._page_mask = page_bytes - 1
+        self._read_runs = Runs(Command.READ, size_bytes=size_bytes, page_bytes=page_bytes)
+        self._write_runs = Runs(Command.WRITE, size_bytes=size_bytes, page_bytes=page_bytes)
         self._has_contexts = has_contexts
-        self._write: Write | None = None
+        self.write: Write | None = None
+        """The write whose payload comes next."""
         self._skip = 0
         self.reads: list[tuple[int, int, int, int]] = []
         """(cookie, offset, length, flags), in range, not empty."""
         self.pieces: list[tuple[Write, int, memoryview]] = []
         """(write, offset, bytes), in range. All but the last piece of a write end at a page's."""
+        self.runs_read: list[Run] = []
+        self.runs_written: list[Run] = []
+        """Of both: what else is in range, and whole pages."""
         self.others: list[tuple[int, int, int, int, int]] = []
         """(command, cookie, offset, length, flags), in range where that means anything."""
         self.errors: list[tuple[int, int, str]] = []
@@ -60,9 +69,10 @@ class Parser:
         """Consumes what it can; returns how many bytes. Raises ProtocolError."""
         position, end = 0, len(data)
         header, unpack = wire.REQUEST.size, wire.REQUEST.unpack_from
-        reads, size = self.reads, self._size
-        while not self.disconnect:
-            if self._skip or self._write is not None:
+        reads, size, page_bytes = self.reads, self._size, self._page_bytes
+        seek = True
+        while position < end and not self.disconnect:
+            if self._skip or self.write is not None:
                 step = self._payload(data[position:end])
                 if not step:
                     break
@@ -76,12 +86,25 @@ class Parser:
             magic, flags, command, cookie, offset, length = unpack(data, position)
             if magic != wire.REQUEST_MAGIC:
                 raise ProtocolError(f"no request begins with {magic:#x}")
+            if seek and length == page_bytes and command <= _WRITE:
+                runs = self._write_runs if command else self._read_runs
+                if runs.begins(data, position):
+                    found = runs.take(data[position:])
+                    if found is not None:
+                        (self.runs_written if command else self.runs_read).append(found[0])
+                        position += found[1]
+                        continue
+                    # They differ in what was not looked at: so will the next ones.
+                    seek = False
+                if command and seek and end - position < header + page_bytes:
+                    # Begun: with its rest others will come, and be a run.
+                    break
             position += header
             usual = 0 < length <= wire.MAX_REQUEST_BYTES and offset + length <= size
             if usual and not command and not flags & ~wire.DF:
                 reads.append((cookie, offset, length, flags))
             elif usual and command == _WRITE and not flags:
-                self._write = Write(cookie, offset, length)
+                self.write = Write(cookie, offset, length)
             else:
                 self._request(command, flags, cookie, offset, length)
         return position
@@ -91,7 +114,7 @@ class Parser:
             step = min(self._skip, len(data))
             self._skip -= step
             return step
-        write = self._write
+        write = self.write
         assert write is not None
         step = min(write.left, len(data))
         if step < write.left:
@@ -101,11 +124,17 @@ class Parser:
                 return 0
         write.pending += 1
         self.pieces.append((write, write.offset, data[:step]))
-        write.offset += step
-        write.left -= step
-        if not write.left:
-            self._write = None
+        self.took(step)
         return step
+
+    def took(self, payload_bytes: int) -> None:
+        """So much of the payload that comes next went elsewhere."""
+        write = self.write
+        assert write is not None
+        write.offset += payload_bytes
+        write.left -= payload_bytes
+        if not write.left:
+            self.write = None
 
     def _request(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
         if command == Command.DISC:
@@ -119,7 +148,7 @@ class Parser:
         elif command == Command.READ and length:
             self.reads.append((cookie, offset, length, flags))
         elif command == Command.WRITE and length:
-            self._write = Write(cookie, offset, length)
+            self.write = Write(cookie, offset, length)
         else:
             self.others.append((command, cookie, offset, length, flags))
 

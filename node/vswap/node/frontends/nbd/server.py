@@ -104,7 +104,8 @@ class NbdServer:
         if name not in names:
             return None
         space = self._shard.spaces.get(name)
-        return Offer(name, space.max_slots * space.page_bytes, space.page_bytes)
+        identity = f"number {space.number} of shard {self._shard.uuid}"
+        return Offer(name, space.max_slots * space.page_bytes, space.page_bytes, identity)
 
     def _device(self, name: str) -> Device:
         """The device of a space; one for all its connections."""

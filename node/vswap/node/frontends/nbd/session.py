@@ -6,6 +6,7 @@ slower tiers, parts of pages) runs in tasks, while later requests are served.
 
 from __future__ import annotations
 
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, cast
@@ -16,8 +17,10 @@ from vswap.node.device import Device, allocation, tier
 from vswap.node.frontends.nbd import wire
 from vswap.node.frontends.nbd.answers import Answers
 from vswap.node.frontends.nbd.handshake import CONTEXTS, Offer
+from vswap.node.frontends.nbd.intake import Intake
 from vswap.node.frontends.nbd.replies import Replies
 from vswap.node.frontends.nbd.requests import Parser
+from vswap.node.frontends.nbd.runs import Run
 from vswap.node.frontends.nbd.wire import Command
 from vswap.node.frontends.nbd.writes import Writes
 from vswap.tiers.backend import Buffer
@@ -66,6 +69,7 @@ class Session:
         self._replies = replies
         self._answers = Answers(link.send, replies, counters)
         self._contexts = [name for name in CONTEXTS if name in contexts]
+        self.page_bytes = offer.page_bytes
         self._page_mask = offer.page_bytes - 1
         self._shift = offer.page_bytes.bit_length() - 1
         self._parser = Parser(
@@ -73,6 +77,9 @@ class Session:
             has_contexts=bool(self._contexts),
         )  # fmt: skip
         self._writes = Writes(device, self._answers, link.spawn, offer.page_bytes)
+        self._intake = Intake(
+            device, self._parser, offer.page_bytes, self._answers.stored, self._writes.store_later
+        )
         self._reads: deque[tuple[int, int, int, int]] = deque()
         """Reads that wait: (cookie, offset, length, flags)."""
         self._others: deque[tuple[int, int, int, int, int]] = deque()
@@ -82,11 +89,31 @@ class Session:
 
     def feed(self, data: memoryview) -> int:
         """Takes what it can of what arrived; returns how many bytes. Raises ProtocolError."""
+        used = self._parser.feed(data)
+        self._take()
+        return used
+
+    def receive(self, source: socket.socket, buffer: memoryview, used: int) -> int | None:
+        """See :meth:`Intake.receive`; None also where there is no long write to receive."""
+        if used > self._page_mask + 1 or not self._intake.wanted:
+            return None
+        left = self._intake.receive(source, buffer, used)
+        self._take()
+        return left
+
+    def must_feed(self, left: int) -> bool:
+        """So many bytes that :meth:`receive` left are not only the beginning of a page."""
+        return left > self._page_mask or (left > 0 and not self._intake.wanted)
+
+    def _take(self) -> None:
+        """Stores, refuses or queues what the parser understood."""
         parser = self._parser
-        used = parser.feed(data)
         if parser.pieces:
             self._writes.store(parser.pieces)
             parser.pieces.clear()
+        for run in parser.runs_written:
+            self._writes.store_run(run)
+        parser.runs_written.clear()
         for cookie, errno, why in parser.errors:
             self._answers.refuse(cookie, errno, why)
         parser.errors.clear()
@@ -94,7 +121,9 @@ class Session:
         parser.others.clear()
         self._reads.extend(parser.reads)
         parser.reads.clear()
-        return used
+        for number, run in enumerate(parser.runs_read):
+            self._read_run(run, first=not number)
+        parser.runs_read.clear()
 
     @property
     def said_goodbye(self) -> bool:
@@ -201,14 +230,42 @@ class Session:
             self._counters["nbd_read"] += len(batch)
             self._serve(batch, np.array(slots, np.uint64))
 
+    def _read_run(self, run: Run, *, first: bool) -> None:
+        """Answers a run at once, if it is the first thing to be served in this turn."""
+        size = self.page_bytes
+        if not first or self._reads or self._link.busy:
+            self._reads.extend((c, offset, size, 0) for c, offset in run.requests(size))
+            return
+        self._counters["nbd_read"] += len(run.slots)
+        try:
+            pages = self._device.peek(run.slots)
+        except VswapError as error:
+            for cookie, _ in run.requests(size):
+                self._answers.fail(cookie, error)
+            return
+        if None in pages:
+            batch = [(c, offset, size) for c, offset in run.requests(size)]
+            self._answer(batch, run.slots, pages)
+            return
+        parts: list[Buffer | None] = [None] * (2 * len(pages))
+        parts[::2] = self._replies.pages(run.cookies, run.offsets)
+        parts[1::2] = pages
+        self._link.send(*cast(list[Buffer], parts))
+
     def _serve(self, batch: list[tuple[int, int, int]], slots: U64) -> None:
-        """Answers reads of whole pages: at once what can be had at once, all others by a task."""
+        """Answers reads of whole pages."""
         try:
             pages = self._device.peek(slots)
         except VswapError as error:
             for cookie, _, _ in batch:
                 self._answers.fail(cookie, error)
             return
+        self._answer(batch, slots, pages)
+
+    def _answer(
+        self, batch: list[tuple[int, int, int]], slots: U64, pages: list[Buffer | None]
+    ) -> None:
+        """At once what could be had at once, all others by a task."""
         parts: list[Buffer] = []
         late: list[tuple[int, int, int]] = []
         position, shift, data = 0, self._shift, self._replies.data

@@ -11,6 +11,7 @@ import numpy as np
 from vswap.node.device import Device
 from vswap.node.frontends.nbd.answers import Answers
 from vswap.node.frontends.nbd.requests import Write
+from vswap.node.frontends.nbd.runs import Run
 from vswap.tiers.record import U8, U64
 from vswap.wire.errors import NBD_ERRNO, VswapError
 
@@ -52,6 +53,22 @@ class Writes:
             some = {slot: parts[slot] for slot in slots[start : start + step]}
             cost = sum(len(data) for edits in some.values() for _, _, data in edits)
             self._spawn(self._edit(some), cost)
+
+    def store_run(self, run: Run) -> None:
+        """Stores whole pages, straight out of the receive buffer where it can be done now."""
+        try:
+            if self._device.write_now(run.slots, run.pages):
+                self._answers.stored_all(run.cookies)
+                return
+        except VswapError:
+            # Which of them it was, the task finds out.
+            pass
+        taken = []
+        for cookie, offset in run.requests(self._page_bytes):
+            write = Write(cookie, offset, 0)
+            write.pending = 1
+            taken.append((write, 1))
+        self.store_later(taken, run.slots, run.pages.copy())
 
     def _cut(
         self, write: Write, offset: int, data: memoryview,
@@ -108,7 +125,11 @@ class Writes:
             pass
         if len(views) == 1:
             pages = pages.copy()
-        self._spawn(self._write(taken, where, pages), size)
+        self.store_later(taken, where, pages)
+
+    def store_later(self, taken: list[tuple[Write, int]], slots: U64, pages: U8) -> None:
+        """Stores pieces (write, pages) in a task; ``pages`` stay as they are meanwhile."""
+        self._spawn(self._write(taken, slots, pages), pages.size)
 
     async def _write(self, taken: list[tuple[Write, int]], slots: U64, pages: U8) -> None:
         """Stores pieces (write, pages) in one go, and one by one if that fails, so that each has

@@ -1,7 +1,7 @@
 /* Uses more memory than it may have, and checks every page of it, again and again.
  *
  * hog MIB STOPFILE: prints "pass N bad B" after each pass; ends after at least two passes once
- * STOPFILE exists, or after 100. Exit code 0 if every page was right every time. A page is a third
+ * STOPFILE exists, or after 10,000. Exit code 0 if every page was right every time. A page is a third
  * random, so that it compresses, but not away; every other pass writes it anew.
  */
 #include <stdint.h>
@@ -29,7 +29,7 @@ int main(int argc, char **argv) {
     uint64_t *memory = mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return 2;
-    for (int pass = 0; pass <= 100; pass++) {
+    for (int pass = 0; pass <= 10000; pass++) {
         for (uint64_t p = 0; p < pages; p++) {
             uint64_t *page = memory + p * WORDS;
             int wrong = 0;

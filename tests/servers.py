@@ -1,0 +1,69 @@
+"""Servers for tests: real backends that can be killed, wiped, and made to lie."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from vswap.tiers.backend import Buffer, Listed, Read, SegmentName, prefix
+from vswap.tiers.wrappers.base import Wrapper
+from vswap.wire.errors import OutcomeUnknown, TierUnavailable, VswapError
+
+
+class Server(Wrapper):
+    """A backend that can be killed, wiped, and made to lie."""
+
+    dead = False
+    refuses = False
+    flips = False
+    lives = 1
+    asked = 0
+
+    async def open(self) -> None:
+        if self.dead:
+            raise TierUnavailable("refused")
+        await super().open()
+
+    async def put(self, name: SegmentName, data: Buffer) -> None:
+        if self.refuses:
+            raise TierUnavailable("out of memory")
+        if self.dead:
+            raise OutcomeUnknown("connection lost")
+        await super().put(name, data)
+
+    async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:
+        if self.dead:
+            return [TierUnavailable("refused")] * len(reads)
+        self.asked += len(reads)
+        answers = await super().get(reads)
+        return [flipped(answer) if self.flips else answer for answer in answers]
+
+    async def delete(self, names: Sequence[SegmentName]) -> None:
+        if self.dead:
+            raise TierUnavailable("refused")
+        await super().delete(names)
+
+    async def list(self, prefix: str) -> AsyncIterator[Listed]:
+        if self.dead:
+            raise TierUnavailable("refused")
+        async for listed in super().list(prefix):
+            yield listed
+
+    async def life(self) -> str:
+        if self.dead:
+            raise TierUnavailable("refused")
+        return str(self.lives)
+
+    async def keys(self) -> set[str]:
+        return {listed.key async for listed in self.inner.list(prefix())}
+
+    async def wipe(self) -> None:
+        found = [SegmentName.parse(listed.key) async for listed in self.inner.list(prefix())]
+        await self.inner.delete([name for name in found if name is not None])
+
+
+def flipped(answer: Buffer | VswapError) -> Buffer | VswapError:
+    if isinstance(answer, VswapError):
+        return answer
+    data = bytearray(answer)
+    data[len(data) // 2] ^= 1
+    return data
