@@ -56,8 +56,8 @@ class Hog:
     def wait_for_passes(self, count: int, timeout_s: float = 120) -> None:
         until_s = time.monotonic() + timeout_s
         while self.passes < count:
-            assert self.process.poll() is None, self._out.read_text()
-            assert time.monotonic() < until_s, f"too slow: {self._out.read_text()}"
+            assert self.process.poll() is None, f"{self.process.returncode}: {self.told}"
+            assert time.monotonic() < until_s, f"too slow: {self.told}"
             time.sleep(0.05)
 
     def finish(self) -> str:

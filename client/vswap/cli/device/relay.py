@@ -101,17 +101,23 @@ class Relay:
         while True:
             lost = asyncio.Event()
             node, _ = await loop.create_connection(
-                functools.partial(_Side, self._from_node, lost.set), sock=connection
+                functools.partial(_Side, self._from_node, functools.partial(self._lose, lost)),
+                sock=connection,
             )
             # Not before both are there: from here on requests go straight through.
             self._hopeless = False
             node.write(self._traffic.again())
-            self._node = node
+            if not lost.is_set():
+                self._node = node
             await lost.wait()
-            self._node = None
             _say(f"{self._address} is away; {len(self._traffic)} requests wait")
             connection = await self._return()
             _say(f"{self._address} is back")
+
+    def _lose(self, lost: asyncio.Event) -> None:
+        # In the same turn: a write to what is closed would be the end of the device.
+        self._node = None
+        lost.set()
 
     async def _return(self) -> socket.socket:
         """Waits for the node."""
