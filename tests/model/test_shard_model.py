@@ -85,7 +85,7 @@ class ShardMachine(RuleBasedStateMachine):
         self.shard = await Shard.open(
             self.root / "state",
             [ram(mib=1), ram("zram", mib=1, codec="zstd:1", rank=1), self._tier("disk", 2)],
-            seams=Seams(make_backend=self._make, threads=2),
+            seams=Seams(make_backend=self._make, threads=2, late_s=0.05),
         )
         self.space = self.shard.spaces.create("s", max_slots=SLOTS + 1000, exist_ok=True)
         await self._configure()

@@ -1,4 +1,4 @@
-"""The reaper, and a tier that is away."""
+"""The reaper, a tier that is away, and writes that land late."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AwayTier:
 
 
 async def attempt(tier: AwayTier) -> Reaper:
-    reaper = Reaper(cast(Handles, None), lambda handle: cast(Tier, tier))
+    reaper = Reaper(cast(Handles, None), lambda handle: cast(Tier, tier), clock=lambda: 0.0)
     reaper.delete_later(3)
     assert not await reaper.pass_once()
     return reaper
@@ -48,3 +48,54 @@ async def test_deletions_do_not_put_off_the_opening_of_a_tier() -> None:
     tier = AwayTier(opened=False)
     assert (await attempt(tier)).pending == 1
     assert not tier.failures
+
+
+class LateTier(AwayTier):
+    """One whose backend keeps names, and one segment."""
+
+    def __init__(self) -> None:
+        super().__init__(opened=True)
+        self.kept: set[int] = set()
+        self.segments = {3: None}
+        self.ram = None
+
+    async def delete(self, names: list[Any]) -> None:
+        self.kept -= set(names)
+
+    def credit(self, stored_bytes: int) -> None:
+        pass
+
+
+class Rows:
+    """What the reaper needs of a table of segments."""
+
+    def __init__(self) -> None:
+        self.rows = {"stored": {3: 1}}
+        self.free: list[int] = []
+
+    def recycle(self, handle: int) -> None:
+        self.free.append(handle)
+
+
+async def test_what_lands_after_it_was_given_up_is_deleted_before_the_tier_is_empty() -> None:
+    now_s, tier, rows = 100.0, LateTier(), Rows()
+    reaper = Reaper(
+        cast(Handles, rows), lambda handle: cast(Tier, tier), clock=lambda: now_s, late_s=10.0
+    )
+    reaper.delete_later(3, may_land=True)
+    assert not await reaper.pass_once()
+    tier.kept.add(3)
+    now_s = 109.0
+    assert not await reaper.pass_once()
+    assert (tier.kept, list(tier.segments), rows.free) == (set(), [3], [])
+    now_s = 110.0
+    assert await reaper.pass_once()
+    assert (list(tier.segments), rows.free, reaper.pending) == ([], [3], 0)
+
+
+async def test_what_was_written_whole_is_deleted_once() -> None:
+    tier, rows = LateTier(), Rows()
+    reaper = Reaper(cast(Handles, rows), lambda handle: cast(Tier, tier), clock=lambda: 100.0)
+    reaper.delete_later(3)
+    assert await reaper.pass_once()
+    assert (list(tier.segments), rows.free) == ([], [3])

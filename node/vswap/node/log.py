@@ -328,7 +328,8 @@ class SegmentLog:
             # The write may have happened, and may still happen: the serial is burnt.
             self._handles.set_state(handle, DELETING)
             self._handles.pins[handle] -= 1
-            self._reaper.delete_later(handle)
+            refused = isinstance(error, VswapError) and not isinstance(error, OutcomeUnknown)
+            self._reaper.delete_later(handle, may_land=not refused)
             if isinstance(error, VswapError):
                 self._tier.failed(error)
             raise

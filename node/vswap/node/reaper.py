@@ -2,6 +2,9 @@
 
 A segment goes SEALED (or OPEN) -> DELETING -> deleted on the backend -> FREE. Deletion is off every
 other path, batched per tier, and repeated until the backend confirms it.
+
+What was given up while it was being written may still land: it is deleted at once, its row kept for
+a while, and deleted once more. So a tier is not empty before nothing can land there any more.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from vswap.wire.errors import VswapError
 
 _BATCH = 64
 _RETRY_S = 1.0
+LATE_S = 10.0
+"""How long after it was given up, or its writer died, a write is expected to land; no protocol
+gives a bound. What lands even later is left to the sweep."""
 
 logger = structlog.get_logger("vswap.node.reaper")
 
@@ -25,10 +31,16 @@ logger = structlog.get_logger("vswap.node.reaper")
 class Reaper:
     """Event loop only. ``is_head`` tells that a segment is still being appended to."""
 
-    def __init__(self, handles: Handles, tier_of: Callable[[int], Tier]) -> None:
+    def __init__(
+        self, handles: Handles, tier_of: Callable[[int], Tier], *, clock: Callable[[], float],
+        late_s: float = LATE_S,
+    ) -> None:  # fmt: skip
         self._handles = handles
         self._tier_of = tier_of
-        self._queue: dict[int, None] = {}
+        self._clock = clock
+        self._late_s = late_s
+        self._queue: dict[int, float] = {}
+        """And when each may be forgotten."""
         self._wake = asyncio.Event()
         self.is_head: Callable[[int], bool] = lambda handle: False
 
@@ -69,9 +81,9 @@ class Reaper:
         else:
             self.delete_later(handle)
 
-    def delete_later(self, handle: int) -> None:
-        """Queues a segment in state DELETING."""
-        self._queue[handle] = None
+    def delete_later(self, handle: int, *, may_land: bool = False) -> None:
+        """Queues a segment in state DELETING. ``may_land``: its write may still be under way."""
+        self._queue[handle] = self._clock() + self._late_s if may_land else 0.0
         self._wake.set()
 
     async def run(self) -> None:
@@ -95,8 +107,10 @@ class Reaper:
         if not tier.opened:
             # Failing here would put off its opening, again and again.
             return False
+        done = True
         for start in range(0, len(handles), _BATCH):
             batch = handles[start : start + _BATCH]
+            began_s = self._clock()
             names = [tier.segment_name(handle) for handle in batch]
             try:
                 await tier.backend.delete(names)
@@ -106,9 +120,12 @@ class Reaper:
                 return False
             for handle, name in zip(batch, names, strict=True):
                 if handle in self._queue and tier.segment_name(handle) == name:
+                    if self._queue[handle] > began_s:
+                        done = False
+                        continue
                     del self._queue[handle]
                     self._forget(tier, handle)
-        return True
+        return done
 
     def abandon(self, tier: Tier) -> None:
         """Forgets dead segments of a tier that is gone, whether they are deleted or not. Should it

@@ -2,7 +2,7 @@
 
 ============  ==================================================================================
 OPEN          a block of RAM: kept if anything points at it (no longer appended to), else freed
-WRITING       never acknowledged: deleted on the backend
+WRITING       never acknowledged: deleted on the backend, again once it cannot land any more
 SEALED        kept if anything points at it, else deleted
 DELETING      deleted again, until confirmed
 ============  ==================================================================================
@@ -65,7 +65,7 @@ def recover(handles: Handles, ledger: Ledger, spaces: Spaces, tiers: Tiers, reap
             handles.recycle(handle)
         else:
             handles.set_state(handle, DELETING)
-            reaper.delete_later(handle)
+            reaper.delete_later(handle, may_land=True)
     for tier in tiers:
         if not tier.local:
             # What it holds was granted; more is up to the coordinator.

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 from vswap.node.faults import Faults
 from vswap.node.pacer import Pacer, make_pacer
+from vswap.node.reaper import LATE_S
 from vswap.tiers.backend import Backend
 from vswap.tiers.factory import make_backend
 from vswap.tiers.region import Region
@@ -39,6 +40,7 @@ class Seams:
     make_backend: Callable[[TierSpec], Backend] = make_backend
     make_region: Callable[[Path], Region] = Region
     make_pacer: Callable[[int], Pacer] = make_pacer
+    late_s: float = LATE_S
     faults: Faults | None = None
     """None: tiers cannot be made to misbehave."""
 

@@ -154,7 +154,7 @@ class Shard:
         seams, handles, ledger, tiers = self._seams, self.handles, self.ledger, self.tiers
         codecs = Codecs(seams.worker_threads(), seams.threads)
         reader = Reader(handles, tiers)
-        self.reaper = Reaper(handles, self._tier_of)
+        self.reaper = Reaper(handles, self._tier_of, clock=seams.clock, late_s=seams.late_s)
         self.reaper.is_head = lambda handle: tiers.is_head(int(handles.rows["tag"][handle]), handle)
         ledger.on_dead = self.reaper.consider
         self.evacuator = Evacuator(handles, ledger, tiers, codecs, reader, self.reaper)
