@@ -496,3 +496,26 @@ async def test_a_node_repairs_its_own_tiers_by_itself(tmp_path: Path) -> None:
     cluster.server(1).dead = True
     await cluster.load()
     await cluster.shard.close()
+
+
+async def test_bad_bytes_are_no_verdict_while_a_server_is_away(cluster: Cluster) -> None:
+    """What is away may have it right: nothing is marked as damaged, and nothing is lost."""
+    await cluster.store()
+    for place in range(cluster.spare):
+        cluster.server(place).dead = True
+    liar = cluster.server(cluster.spare)
+    liar.flips = True
+    evacuator = cluster.shard.evacuator
+    doubted = 0
+    for handle in list(cluster.tier.segments):
+        try:
+            await evacuator.verify(cluster.tier, handle)
+        except (TierUnavailable, PageCorrupt):
+            doubted += 1
+    assert doubted
+    assert cluster.tier.quarantined == 0
+    liar.flips = False
+    for place in range(cluster.spare):
+        cluster.server(place).dead = False
+    await cluster.all_up()
+    await cluster.load()

@@ -39,7 +39,7 @@ from vswap.tiers import ram
 from vswap.tiers.backend import Buffer
 from vswap.tiers.record import U8, U32, U64, Mask, Records, concatenate, meta_page_bytes
 from vswap.tiers.segment import parse
-from vswap.wire.errors import PageCorrupt, PageLost, VswapError
+from vswap.wire.errors import PageCorrupt, PageLost, TierUnavailable, VswapError
 
 TURN_RECORDS = 64
 """Records copied or hashed in one turn of the loop: 2 MiB in one piece cost neighbours 1 ms."""
@@ -197,7 +197,9 @@ class Evacuator:
         """Reads a pinned segment and sets aside what fails its check. Raises what :meth:`evacuate`
         tells in :attr:`Moved.error`; PageLost or PageCorrupt: it cannot be read at all."""
         if self._handles.live_records[handle]:
-            await self._read(tier, handle)
+            _, _, doubtful = await self._read(tier, handle)
+            if doubtful:
+                raise _doubt(tier, doubtful)
 
     # ---------------------------------------------------------------- steps 1 to 4
 
@@ -205,7 +207,7 @@ class Evacuator:
         if not self._handles.live_records[handle]:
             return
         try:
-            records, loc = await self._read(tier, handle)
+            records, loc, doubtful = await self._read(tier, handle)
         except (PageLost, PageCorrupt) as error:
             # It keeps a drain open, but must not hold up its neighbours.
             run.unreadable = error
@@ -215,6 +217,11 @@ class Evacuator:
             run.moved.error = run.moved.source_error = error
             return
         words = entry.tier_words(tier.tag, handle, loc)
+        if doubtful:
+            run.unreadable = _doubt(tier, doubtful)
+            if not self._ledger.live(records, tier.tag, handle, loc).any():
+                run.moved.unreadable.add(handle)
+                return
         for start in range(0, len(records), CHOOSE_RECORDS):
             turn = slice(start, start + CHOOSE_RECORDS)
             await self._turn(run, tier, handle, records.take(turn), words[turn], choose)
@@ -247,15 +254,17 @@ class Evacuator:
             else:
                 await self._stage(run, tag, _Piece(handle, chosen, words[index]))
 
-    async def _read(self, tier: Tier, handle: int) -> tuple[Records, U32]:
-        """The segment's records, verified; what fails its check is quarantined and left out."""
+    async def _read(self, tier: Tier, handle: int) -> tuple[Records, U32, int]:
+        """The segment's records, verified. What fails its check is left out, and quarantined;
+        unless a server is away that may have it right: then only their number is told."""
         if tier.ram is not None:
             row = self._handles.rows[handle]
             name = tier.segment_name(handle)
             block = tier.ram.view(int(row["block"]))
             records, loc = ram.read_block(block, int(row["records"]), name)
             ok = await self._verify(records)
-            return self._quarantine(tier, handle, records, loc, ok)
+            return *self._quarantine(tier, handle, records, loc, ok), 0
+        outages = tier.redundant.outages if tier.redundant is not None else 0
         parsed, error = None, None
         async for data in self._readings(tier, handle):
             try:
@@ -264,14 +273,17 @@ class Evacuator:
                 error = unreadable
                 continue
             if parsed.whole:
-                return parsed.records, parsed.loc
+                return parsed.records, parsed.loc, 0
         if parsed is None:
             raise error or PageCorrupt(f"segment {tier.segment_name(handle).key} is unreadable")
         records, loc = parsed.records, parsed.loc
         ok = await self._verify(records)
         if not ok.all():
             records, loc, ok = await self._heal(tier, handle, records, loc, ok)
-        return self._quarantine(tier, handle, records, loc, ok)
+        if tier.redundant is not None and (tier.redundant.down or tier.redundant.outages > outages):
+            live = self._ledger.live(records, tier.tag, handle, loc)
+            return records.take(ok), loc[ok], int((live & ~ok).sum())
+        return *self._quarantine(tier, handle, records, loc, ok), 0
 
     async def _readings(self, tier: Tier, handle: int) -> AsyncIterator[Buffer]:
         """A segment as its tier gives it, more than once, and then in all other ways it can."""
@@ -424,3 +436,10 @@ class Evacuator:
         run.moved.logical_bytes += int(meta_page_bytes(done.meta).sum())
         self.counters["evacuated_pages"] += len(done)
         self.counters[f"moved_to_{target.name}_pages"] += len(done)
+
+
+def _doubt(tier: Tier, records: int) -> TierUnavailable:
+    return TierUnavailable(
+        f"{records} records failed their check, and servers of tier {tier.name} are away that may "
+        "have them right", tier=tier.name,
+    )  # fmt: skip

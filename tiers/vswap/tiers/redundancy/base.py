@@ -54,6 +54,8 @@ class Redundant(Backend):
         self.on_damage: Callable[[SegmentName, int], None] = lambda name, places: None
         """Told of a segment and, as bits, of the members that should have a part of it and have
         none, or a bad one. May be told again and again."""
+        self.outages = 0
+        """How often a member did not answer: who compares two readings knows whether all did."""
 
     # ---------------------------------------------------------------- what subclasses are about
 
@@ -94,6 +96,7 @@ class Redundant(Backend):
 
     def failed(self, place: int, error: VswapError) -> None:
         """Leaves a member out until it is restored."""
+        self.outages += 1
         member = self.members[place]
         if member.up:
             member.up, member.doubtful = False, True
