@@ -14,6 +14,7 @@ import asyncio
 import heapq
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, ContextVar, copy_context
@@ -74,7 +75,8 @@ class Fuse:
     """Kills a process between two lines of its own code: the n-th that it runs from now on."""
 
     def __init__(self, process: Process, lines: int, paths: tuple[str, ...]) -> None:
-        self._process = process
+        # The collector does not see what traced frames refer to: worlds would never go.
+        self._process = weakref.ref(process)
         self._lines = lines
         self._paths = paths
         self.where = ""
@@ -91,11 +93,12 @@ class Fuse:
         return self._line if frame.f_code.co_filename.startswith(self._paths) else None
 
     def _line(self, frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line" and self._process.alive:
+        process = self._process()
+        if event == "line" and process is not None and process.alive:
             self._lines -= 1
             if self._lines < 0:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                self._process.kill()
+                process.kill()
                 raise Killed
         return self._line
 

@@ -130,6 +130,11 @@ class Mapping:
         if unlink:
             self.path.unlink(missing_ok=True)
 
+    def __del__(self) -> None:
+        # Of a simulated process that is killed nobody closes anything.
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)
+
 
 class Region:
     """A directory of mappings: the seam behind which a node's shared memory lies.
