@@ -123,10 +123,10 @@ def _rows(key: str, data: bytes) -> set[tuple[int, int]]:
     name = SegmentName.parse(key)
     assert name is not None
     try:
-        parsed = parse(data, name)
+        records, loc = parse(data, name)
     except VswapError:
         return set()
-    return set(zip(parsed.records.slot.tolist(), parsed.loc.tolist(), strict=True))
+    return set(zip(records.slot.tolist(), loc.tolist(), strict=True))
 
 
 class SimBackend(Backend):

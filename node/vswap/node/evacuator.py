@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,29 +27,22 @@ import structlog
 
 from vswap.node import entry
 from vswap.node.codecs import Codecs
-from vswap.node.handles import DAMAGED, OPEN, SEALED, Handles
+from vswap.node.contents import TURN_RECORDS, ContentsReader
+from vswap.node.handles import OPEN, SEALED, Handles
 from vswap.node.ledger import Ledger, by_space
 from vswap.node.log import MOVED
 from vswap.node.pacer import Pacer, Unpaced
-from vswap.node.reader import Reader
 from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
-from vswap.tiers import ram
-from vswap.tiers.backend import Buffer
-from vswap.tiers.record import U8, U32, U64, Mask, Records, concatenate, meta_page_bytes
-from vswap.tiers.segment import parse
-from vswap.wire.errors import PageCorrupt, PageLost, TierUnavailable, VswapError
-
-TURN_RECORDS = 64
-"""Records copied or hashed in one turn of the loop: 2 MiB in one piece cost neighbours 1 ms."""
+from vswap.tiers.record import U8, U64, Records, meta_page_bytes
+from vswap.wire.errors import PageLost, VswapError
 
 CHOOSE_RECORDS = 512
 """Records looked at in one turn: columns only, a fifth of a millisecond."""
 
 _READS = 3
 _WRITES = 3
-_REREADS = 2
 
 STAY = 0
 """A chooser's answer: the record stays in its segment."""
@@ -74,7 +67,7 @@ class Moved:
     source_error: VswapError | None = None
     """Why the source did not answer."""
     unreadable: set[int] = field(default_factory=set)
-    """Segments that the source does not have, or that fail their check as a whole."""
+    """Segments that the source does not have, or nothing of which can be read."""
 
 
 @dataclass(slots=True)
@@ -108,14 +101,14 @@ class Evacuator:
         ledger: Ledger,
         tiers: Tiers,
         codecs: Codecs,
-        reader: Reader,
+        contents: ContentsReader,
         reaper: Reaper,
     ) -> None:
         self._handles = handles
         self._ledger = ledger
         self._tiers = tiers
         self._codecs = codecs
-        self._reader = reader
+        self._contents = contents
         self._reaper = reaper
         self._busy: set[int] = set()
         self.promised: Counter[int] = Counter()
@@ -193,22 +186,14 @@ class Evacuator:
             run.moved.error = run.unreadable
         return run.moved
 
-    async def verify(self, tier: Tier, handle: int) -> None:
-        """Reads a pinned segment and sets aside what fails its check. Raises what :meth:`evacuate`
-        tells in :attr:`Moved.error`; PageLost or PageCorrupt: it cannot be read at all."""
-        if self._handles.live_records[handle]:
-            _, _, doubtful = await self._read(tier, handle)
-            if doubtful:
-                raise _doubt(tier, doubtful)
-
     # ---------------------------------------------------------------- steps 1 to 4
 
     async def _segment(self, run: _Run, tier: Tier, handle: int, choose: Chooser) -> None:
         if not self._handles.live_records[handle]:
             return
         try:
-            records, loc, doubtful = await self._read(tier, handle)
-        except (PageLost, PageCorrupt) as error:
+            contents = await self._contents.read(tier, handle)
+        except PageLost as error:
             # It keeps a drain open, but must not hold up its neighbours.
             run.unreadable = error
             run.moved.unreadable.add(handle)
@@ -216,9 +201,13 @@ class Evacuator:
         except VswapError as error:
             run.moved.error = run.moved.source_error = error
             return
+        records, loc = contents.records, contents.loc
         words = entry.tier_words(tier.tag, handle, loc)
-        if doubtful:
-            run.unreadable = _doubt(tier, doubtful)
+        if contents.doubtful or contents.missing:
+            # It keeps a drain open. What is right of it moves first.
+            run.unreadable = contents.doubtful or PageLost(
+                f"{contents.missing} records of segment {tier.segment_name(handle).key} are missing"
+            )
             if not self._ledger.live(records, tier.tag, handle, loc).any():
                 run.moved.unreadable.add(handle)
                 return
@@ -253,93 +242,6 @@ class Evacuator:
                     await asyncio.sleep(0)
             else:
                 await self._stage(run, tag, _Piece(handle, chosen, words[index]))
-
-    async def _read(self, tier: Tier, handle: int) -> tuple[Records, U32, int]:
-        """The segment's records, verified. What fails its check is left out, and quarantined;
-        unless a server is away that may have it right: then only their number is told."""
-        if tier.ram is not None:
-            row = self._handles.rows[handle]
-            name = tier.segment_name(handle)
-            block = tier.ram.view(int(row["block"]))
-            records, loc = ram.read_block(block, int(row["records"]), name)
-            ok = await self._verify(records)
-            return *self._quarantine(tier, handle, records, loc, ok), 0
-        outages = tier.redundant.outages if tier.redundant is not None else 0
-        parsed, error = None, None
-        async for data in self._readings(tier, handle):
-            try:
-                parsed = parse(data, tier.segment_name(handle))
-            except PageCorrupt as unreadable:
-                error = unreadable
-                continue
-            if parsed.whole:
-                return parsed.records, parsed.loc, 0
-        if parsed is None:
-            raise error or PageCorrupt(f"segment {tier.segment_name(handle).key} is unreadable")
-        records, loc = parsed.records, parsed.loc
-        ok = await self._verify(records)
-        if not ok.all():
-            records, loc, ok = await self._heal(tier, handle, records, loc, ok)
-        if tier.redundant is not None and (tier.redundant.down or tier.redundant.outages > outages):
-            live = self._ledger.live(records, tier.tag, handle, loc)
-            return records.take(ok), loc[ok], int((live & ~ok).sum())
-        return *self._quarantine(tier, handle, records, loc, ok), 0
-
-    async def _readings(self, tier: Tier, handle: int) -> AsyncIterator[Buffer]:
-        """A segment as its tier gives it, more than once, and then in all other ways it can."""
-        for _ in range(_REREADS + 1):
-            yield await self._reader.segment(tier, handle)
-        async for data in self._reader.segments(tier, handle):
-            self._handles.rows["lacking"][handle] |= DAMAGED
-            yield data
-
-    async def _heal(
-        self, tier: Tier, handle: int, records: Records, loc: U32, ok: Mask
-    ) -> tuple[Records, U32, Mask]:
-        """Looks for damaged live records one by one, where nothing gave the segment whole."""
-        wanted = np.flatnonzero(~ok & self._ledger.live(records, tier.tag, handle, loc))
-        keep = np.ones(len(records), np.bool_)
-        parts, locs = [], []
-        for number, index in by_space(records.space[wanted]):
-            index = wanted[index]
-            found, healed = await self._reader.elsewhere(
-                tier, number, records.slot[index].astype(np.uint64),
-                entry.tier_words(tier.tag, handle, loc[index]),
-            )  # fmt: skip
-            if found is not None:
-                parts.append(found)
-                locs.append(loc[index[healed]])
-                keep[index[healed]] = False
-        healed_ok = np.ones(sum(map(len, parts)), np.bool_)
-        return (
-            concatenate([records.take(keep), *parts]),
-            np.concatenate([loc[keep], *locs]),
-            np.concatenate([ok[keep], healed_ok]),
-        )
-
-    async def _verify(self, records: Records) -> Mask:
-        parts = []
-        for start in range(0, len(records), TURN_RECORDS):
-            parts.append(records.take(slice(start, start + TURN_RECORDS)).valid())
-            await asyncio.sleep(0)
-        return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
-
-    def _quarantine(
-        self, tier: Tier, handle: int, records: Records, loc: U32, ok: Mask
-    ) -> tuple[Records, U32]:
-        """Sets damaged live records aside: their entries say so, and they block nothing else."""
-        if ok.all():
-            return records, loc
-        bad, bad_loc = records.take(~ok), loc[~ok]
-        live = self._ledger.live(bad, tier.tag, handle, bad_loc)
-        if live.any():
-            bad, bad_loc = bad.take(live), bad_loc[live]
-            old = entry.tier_words(tier.tag, handle, bad_loc)
-            poison = np.full(len(bad), entry.poison_word(tier.tag, entry.POISON_CORRUPT))
-            moved = self._ledger.flip_where(bad, old, poison)
-            tier.quarantined += int(moved.sum())
-            logger.error("records failed their check", tier=tier.name, records=int(moved.sum()))
-        return records.take(ok), loc[ok]
 
     # ---------------------------------------------------------------- steps 5 to 7
 
@@ -436,10 +338,3 @@ class Evacuator:
         run.moved.logical_bytes += int(meta_page_bytes(done.meta).sum())
         self.counters["evacuated_pages"] += len(done)
         self.counters[f"moved_to_{target.name}_pages"] += len(done)
-
-
-def _doubt(tier: Tier, records: int) -> TierUnavailable:
-    return TierUnavailable(
-        f"{records} records failed their check, and servers of tier {tier.name} are away that may "
-        "have them right", tier=tier.name,
-    )  # fmt: skip

@@ -6,7 +6,6 @@ all tiers read in parallel. The caller has pinned the segments.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,19 @@ from vswap.node.spaces import Space
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
 from vswap.tiers.backend import Buffer, Read
-from vswap.tiers.record import I64, U64, Mask, Records, concatenate, loc_offset, read_records
+from vswap.tiers.record import (
+    HEADER_BYTES,
+    I64,
+    U64,
+    Mask,
+    Records,
+    concatenate,
+    loc_offset,
+    read_records,
+)
 from vswap.wire.errors import PageLost, TierUnavailable, VswapError
+
+_TRIES = 3
 
 
 @dataclass(slots=True)
@@ -57,16 +67,20 @@ class Reader:
         return Found(tier, index, records, [])
 
     async def in_backend(
-        self, tier: Tier, space: Space, slots: U64, words: U64, index: I64
+        self, tier: Tier, space: Space, slots: U64, words: U64, index: I64, *, apart: bool = False
     ) -> Found:
-        """Fetches records from a backend in as few ranges as make sense."""
+        """Fetches records from a backend in as few ranges as make sense; ``apart``: one by one, so
+        that what is not there fails alone."""
         order = np.argsort(words, kind="stable")
         slots, words, index = slots[order], words[order], index[order]
         handles, offset = entry.handles(words), loc_offset(entry.lows(words))
         size = entry.sizes(words)
         end = offset + size
         new = np.ones(len(words), np.bool_)
-        new[1:] = (handles[1:] != handles[:-1]) | (offset[1:] > end[:-1] + tier.backend.gap_bytes)
+        if not apart:
+            new[1:] = (handles[1:] != handles[:-1]) | (
+                offset[1:] > end[:-1] + tier.backend.gap_bytes
+            )
         first = np.flatnonzero(new)
         last = np.append(first[1:], len(words)) - 1
         names = {h: tier.segment_name(h) for h in np.unique(handles).tolist()}
@@ -158,9 +172,16 @@ class Reader:
             raise data
         return data
 
-    async def segments(self, tier: Tier, handle: int) -> AsyncIterator[Buffer]:
-        """What else a whole segment may be, see :meth:`Backend.alternatives`."""
+    async def exists(self, tier: Tier, handle: int) -> bool:
+        """Whether the backend has anything of a sealed segment. Asks more than once, since a bad
+        transfer is not a loss. Raises what the backend says."""
         stored = int(self._handles.rows["stored"][handle])
-        read = Read(tier.segment_name(handle), 0, stored, stored)
-        async for data in tier.backend.alternatives(read):
-            yield data
+        for _ in range(_TRIES):
+            [data] = await self._fetch(
+                tier, [Read(tier.segment_name(handle), 0, HEADER_BYTES, stored)]
+            )
+            if not isinstance(data, VswapError):
+                return True
+            if not isinstance(data, PageLost):
+                raise data
+        return False

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from vswap.node.evacuator import Evacuator
+from vswap.node.contents import ContentsReader
 from vswap.node.handles import OPEN, SEALED, Handles
 from vswap.node.ledger import Ledger
 from vswap.node.lost import pages_in
@@ -24,7 +24,7 @@ from vswap.node.pacer import Pacer
 from vswap.node.reaper import Reaper
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
-from vswap.wire.errors import PageCorrupt, PageLost, UnknownTier, VswapError
+from vswap.wire.errors import PageLost, UnknownTier, VswapError
 
 _PAUSE_S = 600.0
 """At least, between two passes. The first one leaves a start in peace."""
@@ -52,7 +52,7 @@ class Scrubbed:
     damaged_pages: int = 0
     """Set aside: no good copy was found."""
     lost_pages: int = 0
-    """In segments that the backend does not have, or that cannot be read at all."""
+    """What the backend does not have: segments, or the ends of torn ones."""
     bad_parts: int = 0
     """Of redundant tiers: parts that a server lacks, or that are damaged."""
     skipped: int = 0
@@ -67,13 +67,13 @@ class Scrubber:
     """Event loop only."""
 
     def __init__(
-        self, handles: Handles, ledger: Ledger, tiers: Tiers, evacuator: Evacuator, reaper: Reaper,
-        *, clock: Callable[[], float],
+        self, handles: Handles, ledger: Ledger, tiers: Tiers, contents: ContentsReader,
+        reaper: Reaper, *, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._handles = handles
         self._ledger = ledger
         self._tiers = tiers
-        self._evacuator = evacuator
+        self._contents = contents
         self._reaper = reaper
         self._clock = clock
         self._own = Scrubbed()
@@ -125,7 +125,12 @@ class Scrubber:
             stored = int(self._handles.rows["stored"][handle])
             await pacer.take(stored)
             before = tier.quarantined
-            await self._evacuator.verify(tier, handle)
+            if self._handles.live_records[handle]:
+                contents = await self._contents.read(tier, handle)
+                if contents.doubtful is not None:
+                    raise contents.doubtful
+                seen.lost_pages += contents.missing
+                tier.suspect |= contents.missing > 0
             seen.damaged_pages += tier.quarantined - before
             if tier.redundant is not None:
                 name = tier.segment_name(handle)
@@ -134,11 +139,10 @@ class Scrubber:
             seen.segments += 1
             seen.bytes += stored
             self.counters["scrubbed_bytes"] += stored
-        except (PageLost, PageCorrupt) as error:
+        except PageLost as error:
             seen.lost_pages += int(self._handles.live_records[handle])
             tier.suspect = True
-            if isinstance(error, PageLost):
-                tier.missing[handle] = int(self._handles.rows["word"][handle])
+            tier.missing[handle] = int(self._handles.rows["word"][handle])
             logger.error("a segment is lost", tier=tier.name, error=str(error))
         except VswapError as error:
             seen.skipped += 1

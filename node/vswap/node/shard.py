@@ -22,6 +22,7 @@ from vswap.node import report
 from vswap.node.check import Checker
 from vswap.node.choose import Choosers
 from vswap.node.codecs import Codecs
+from vswap.node.contents import ContentsReader
 from vswap.node.differences import Checked
 from vswap.node.directives import Directives
 from vswap.node.evacuator import Evacuator
@@ -157,7 +158,8 @@ class Shard:
         self.reaper = Reaper(handles, self._tier_of, clock=seams.clock, late_s=seams.late_s)
         self.reaper.is_head = lambda handle: tiers.is_head(int(handles.rows["tag"][handle]), handle)
         ledger.on_dead = self.reaper.consider
-        self.evacuator = Evacuator(handles, ledger, tiers, codecs, reader, self.reaper)
+        self.contents = ContentsReader(handles, ledger, reader)
+        self.evacuator = Evacuator(handles, ledger, tiers, codecs, self.contents, self.reaper)
         choosers = Choosers(self.spaces, self.evacuator)
         self._grants = Grants(lambda tag: self.evacuator.promised[tag])
         self.reclaim = Reclaim(
@@ -179,7 +181,7 @@ class Shard:
         )  # fmt: skip
         self._checker = Checker(handles, ledger, tiers, self.reaper)
         self.scrubber = Scrubber(
-            handles, ledger, tiers, self.evacuator, self.reaper, clock=seams.clock
+            handles, ledger, tiers, self.contents, self.reaper, clock=seams.clock
         )
         self.promoter = Promoter(handles, ledger, tiers, codecs, reader, self.reaper)
         self.pager = Pager(

@@ -262,12 +262,16 @@ def read_directory(block: U8, count: int) -> Directory:
 
 
 def read_block(block: U8, count: int, name: SegmentName) -> tuple[Records, np.ndarray]:
-    """The first ``count`` records of a block, oldest first, as views, and their locs."""
+    """The first ``count`` records of a block, oldest first, as views, and their locs. Rows that
+    point out of it are left out."""
     rows = block[len(block) - ROW_BYTES * count :].view(ROW)[::-1]
     loc = rows["loc"].copy()
+    offset, size = loc_offset(loc), loc_size(loc)
+    sane = (size >= HEADER_BYTES) & (offset + size <= len(block))
+    if np.count_nonzero(sane) < count:
+        rows, loc, offset, size = rows[sane], loc[sane], offset[sane], size[sane]
     own = salt(shard_key(name.shard), name.serial)
-    records = read_records(block, loc_offset(loc), loc_size(loc), rows["space"], rows["slot"], own)
-    return records, loc
+    return read_records(block, offset, size, rows["space"], rows["slot"], own), loc
 
 
 assert MAX_BLOCK_BYTES <= MAX_PAYLOAD_BYTES

@@ -24,7 +24,6 @@ from xxhash import xxh3_64_intdigest
 
 from vswap.tiers.backend import Buffer, SegmentName
 from vswap.tiers.record import (
-    HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     ROW,
     ROW_BYTES,
@@ -160,39 +159,20 @@ def parse_directory(data: Buffer, name: SegmentName, payload: int) -> Directory:
     return Directory.of(_rows(np.frombuffer(data, np.uint8), name, payload)[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """A segment read back. ``whole`` tells that its hash is right; if not, check each record."""
-
-    records: Records
-    loc: U32
-    whole: bool
-
-
-def parse(data: Buffer, name: SegmentName) -> Parsed:
-    """Reads a whole segment. Raises PageCorrupt where trailer or directory make no sense.
-
-    A wrong hash alone does not raise: the caller then verifies record by record, since one flipped
-    bit must not cost the neighbours.
-    """
+def parse(data: Buffer, name: SegmentName) -> tuple[Records, U32]:
+    """A whole segment's records, and their locs. Raises PageCorrupt where its hash is not right:
+    then nothing that it says of itself is to be believed, and each record is to be checked."""
     array = np.frombuffer(data, np.uint8)
     rows, payload = _rows(array, name)
-    end = len(array) - TRAILER_BYTES
-    whole = (
-        xxh3_64_intdigest(array[: -_HASH.size].data)
-        == _HASH.unpack_from(data, end + _TRAILER.size)[0]
-    )
+    [digest] = _HASH.unpack_from(data, len(data) - _HASH.size)
+    if xxh3_64_intdigest(array[: -_HASH.size].data) != digest:
+        raise PageCorrupt(f"segment {name.key} fails its check")
     loc = rows["loc"].copy()
-    offset, size = loc_offset(loc), loc_size(loc)
-    if not whole and len(rows):
-        # A damaged directory row must not lead outside the payload.
-        sane = (size >= HEADER_BYTES) & (offset + size <= payload)
-        rows, loc, offset, size = rows[sane], loc[sane], offset[sane], size[sane]
     records = read_records(
-        array[:payload], offset, size, rows["space"], rows["slot"],
+        array[:payload], loc_offset(loc), loc_size(loc), rows["space"], rows["slot"],
         salt(shard_key(name.shard), name.serial),
     )  # fmt: skip
-    return Parsed(records, loc, whole)
+    return records, loc
 
 
 def _rows(array: U8, name: SegmentName, start: int = 0) -> tuple[np.ndarray, int]:

@@ -82,6 +82,7 @@ class Mirrored(Redundant):
 
 def _is_whole(data: Buffer, name: SegmentName) -> bool:
     try:
-        return parse(data, name).whole
+        parse(data, name)
     except PageCorrupt:
         return False
+    return True
