@@ -86,7 +86,7 @@ POINTS = [
          unburied="self._bury(left)"),
     *_in("pager.py", "def _commit(", unacknowledged="self._tickets.flip("),
     # A segment on a backend.
-    *_in("log.py", "async def _write(self, parts",
+    *_in("log.py", "async def _write(self, handle",
          writing="await self._tier.backend.put(",
          written="if self._tier.spec.verify_writes:",
          unsealed="self._handles.set_state(handle, SEALED)",

@@ -335,3 +335,26 @@ async def test_concurrent_stores_of_one_slot_end_with_the_last_acknowledged(tmp_
             loaded = await shard.pager.load(space, small)
             assert (loaded == pages(small, 2 * turn + 1)).all()
         assert (shard.handles.pins == 0).all()
+
+
+async def test_stores_at_once_do_not_share_the_same_room(tmp_path: Path) -> None:
+    """Of a tier in which one of them fits, at no time more is charged than it may hold."""
+    async with open_shard(tmp_path / "s", objects(tmp_path / "o", mib=16, codec="none")) as shard:
+        space = shard.spaces.create("s")
+        [tier] = shard.tiers
+        # Room for one and a half of them.
+        tier.limit_bytes = tier.reserve_bytes + 3 * MIB
+        content = np.random.default_rng(0).integers(0, 256, (512, 4096), np.uint8)
+        batches = [np.arange(n * 512, (n + 1) * 512, dtype=np.uint64) for n in range(2)]
+        stores = [
+            asyncio.create_task(shard.pager.store(space, where, content)) for where in batches
+        ]
+        while not all(store.done() for store in stores):
+            assert tier.stored_bytes <= tier.limit_bytes
+            await asyncio.sleep(0)
+        errors = [store.exception() for store in stores]
+        assert [type(error) for error in errors if error] == [OutOfTiers]
+        await asyncio.sleep(0.1)
+        assert tier.stored_bytes <= tier.limit_bytes
+        good = errors.index(None)
+        assert np.array_equal(await shard.pager.load(space, batches[good]), content)

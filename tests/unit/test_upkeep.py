@@ -430,6 +430,10 @@ async def test_a_forgotten_shard_is_swept_once_every_server_is_there(tmp_path: P
             await backends.delete(cluster.spec, owner)
     with pytest.raises(TierUnavailable):
         await backends.examine(cluster.spec)
+    # Nor is a tier drained by what the others list.
+    assert await backends.list(cluster.spec, owner, every_server=False) == []
+    with pytest.raises(TierUnavailable):
+        await backends.list(cluster.spec, owner, every_server=True)
     cluster.server(1).dead = False
     segments, _ = await backends.delete(cluster.spec, owner)
     assert segments > 0

@@ -39,16 +39,20 @@ class Backends:
         finally:
             await backend.close()
 
-    async def list(self, spec: TierSpec, prefix: str) -> list[Found]:
-        """What lies under a prefix, summed per shard. Raises TierUnavailable, BackendRefused."""
+    async def list(self, spec: TierSpec, prefix: str, *, every_server: bool) -> list[Found]:
+        """What lies under a prefix, summed per shard. Raises TierUnavailable (also where one server
+        of a redundant tier is away, if ``every_server`` is wanted), BackendRefused."""
         sums: dict[str, tuple[int, int]] = {}
         try:
-            async for listed in (await self._get(spec)).list(prefix):
+            backend = await self._get(spec)
+            async for listed in backend.list(prefix):
                 name = SegmentName.parse(listed.key)
                 if name is not None:
                     owner = f"vswap/{name.cluster}/{name.shard}/"
                     segments, size = sums.get(owner, (0, 0))
                     sums[owner] = (segments + 1, size + listed.bytes)
+            if every_server and isinstance(backend, Redundant):
+                backend.check_all_up()
         except VswapError:
             await self.drop(spec.name)
             raise

@@ -6,7 +6,7 @@ A tier is drained when, in this order,
    earlier writes there have resolved, and it allocates nothing there any more
 2  every such shard reported the tier empty after that; its grant is then taken away, which is what
    a restart of the coordinator remembers of 1 and 2
-3  the backend's own listing under the cluster's prefix is empty
+3  the backend's own listing under the cluster's prefix, of every server, is empty
 
 Until then the job names who is in the way.
 """

@@ -223,7 +223,10 @@ class Runner:
         if tier is None:
             return
         try:
-            found = await self.backends.list(tier.spec, action.prefix)
+            # A drain asks, after which nobody looks at the tier again.
+            found = await self.backends.list(
+                tier.spec, action.prefix, every_server=bool(action.job)
+            )
         except VswapError as error:
             _log.warning("cannot list a tier", tier=action.tier, reason=error.message)
             self.apply(Listed(action.tier, action.job, (), error))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -254,6 +255,8 @@ class SegmentLog:
         self._handles = handles
         self._reaper = reaper
         self._transfers = asyncio.Semaphore(_TRANSFERS)
+        self._sent: set[int] = set()
+        """Handles of writes that the backend was asked for."""
         self._now = tier._clock
 
     def is_head(self, handle: int) -> bool:
@@ -283,8 +286,16 @@ class SegmentLog:
             # In the turn in which the write counts as begun: what was chosen or encoded before a
             # drain must not arrive after this node said that nothing will.
             raise OutOfTiers(f"tier {self._tier.name} takes no pages", tier=self._tier.name)
+        # All of them in this turn, in which there is room.
+        begun = self._begin([segment_size(segment, stripes) for segment in segments])
         self._tier.writing += 1
-        writes = [asyncio.ensure_future(self._write(segment)) for segment in segments]
+        writes = [
+            asyncio.ensure_future(self._write(handle, segment))
+            for handle, segment in zip(begun, segments, strict=True)
+        ]
+        for handle, write in zip(begun, writes, strict=True):
+            # Not in the task itself: one that is cancelled before its first step runs no finally.
+            write.add_done_callback(partial(self._wrote, handle))
         try:
             done = await asyncio.gather(*writes, return_exceptions=True)
         except asyncio.CancelledError:
@@ -310,29 +321,46 @@ class SegmentLog:
         if not write.cancelled() and write.exception() is None:
             self._reaper.unpin(write.result()[1])
 
-    async def _write(self, parts: Sequence[Records]) -> tuple[U64, int]:
-        stripes = self._tier.backend.stripes
-        stored = segment_size(parts, stripes)
-        handle = self._handles.create(self._tier.tag, WRITING, self._now(), stored=stored)
-        self._handles.pins[handle] += 1
-        self._tier.segments[handle] = None
-        self._tier.charge(stored)
-        name = self._tier.segment_name(handle)
+    def _begin(self, sizes: Sequence[int]) -> list[int]:
+        """Handles of new segments, pinned and charged for."""
+        begun: list[int] = []
         try:
-            async with self._transfers:
-                built = build(parts, name, stripes)
-                await self._tier.backend.put(name, built.data.data)
-                if self._tier.spec.verify_writes:
-                    await self._read_back(handle, built.data.data)
-        except BaseException as error:
+            for stored in sizes:
+                handle = self._handles.create(self._tier.tag, WRITING, self._now(), stored=stored)
+                self._handles.pins[handle] += 1
+                self._tier.segments[handle] = None
+                self._tier.charge(stored)
+                begun.append(handle)
+        except OutOfTiers:
+            for handle in begun:
+                self._give_up(handle, may_land=False)
+            raise
+        return begun
+
+    def _wrote(self, handle: int, write: asyncio.Future[tuple[U64, int]]) -> None:
+        error = asyncio.CancelledError() if write.cancelled() else write.exception()
+        sent = handle in self._sent
+        self._sent.discard(handle)
+        if error is not None:
             # The write may have happened, and may still happen: the serial is burnt.
-            self._handles.set_state(handle, DELETING)
-            self._handles.pins[handle] -= 1
             refused = isinstance(error, VswapError) and not isinstance(error, OutcomeUnknown)
-            self._reaper.delete_later(handle, may_land=not refused)
+            self._give_up(handle, may_land=sent and not refused)
             if isinstance(error, VswapError):
                 self._tier.failed(error)
-            raise
+
+    def _give_up(self, handle: int, *, may_land: bool) -> None:
+        self._handles.set_state(handle, DELETING)
+        self._handles.pins[handle] -= 1
+        self._reaper.delete_later(handle, may_land=may_land)
+
+    async def _write(self, handle: int, parts: Sequence[Records]) -> tuple[U64, int]:
+        name = self._tier.segment_name(handle)
+        async with self._transfers:
+            built = build(parts, name, self._tier.backend.stripes)
+            self._sent.add(handle)
+            await self._tier.backend.put(name, built.data.data)
+            if self._tier.spec.verify_writes:
+                await self._read_back(handle, built.data.data)
         self._tier.succeeded()
         row = self._handles.rows[handle]
         row["payload"], row["records"] = built.payload_bytes, len(built.loc)
