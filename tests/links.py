@@ -84,6 +84,11 @@ class LinkNode:
     def say(self, **message: Any) -> None:
         self._out.put_nowait(coordinator_pb2.NodeMessage(**message))
 
+    @property
+    def waiting(self) -> int:
+        """Messages that the stream has not taken yet."""
+        return self._out.qsize()
+
     def report(self) -> None:
         progress = [
             coordinator_pb2.DirectiveProgress(

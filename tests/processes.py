@@ -79,3 +79,10 @@ class Daemon:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+def private_mib(daemon: Daemon) -> int:
+    """Memory of its own: shared memory is the tier's, and has its own limit."""
+    assert daemon.process is not None
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) // 1024

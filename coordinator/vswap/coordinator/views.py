@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from vswap.coordinator import progress, room
 from vswap.coordinator.events import Now
 from vswap.coordinator.state import Flight, Job, JobState, State, Tier
 from vswap.tiers.spec import redacted
 from vswap.v1 import common_pb2, coordinator_pb2
+from vswap.wire.version import VERSION
 
 _SUMS = (
     "pages",
@@ -41,7 +40,7 @@ def cluster(state: State, now: Now) -> coordinator_pb2.ClusterStatus:
     members = sorted(state.members(), key=lambda shard: shard.name)
     return coordinator_pb2.ClusterStatus(
         cluster_uuid=state.cluster,
-        version=version("vswap"),
+        version=VERSION,
         generation=state.generation,
         lease_s=state.lease_s,
         nodes=[node(state, shard.uuid, now) for shard in members],

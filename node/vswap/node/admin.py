@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict
-from importlib.metadata import version
 
 from pydantic import ValidationError
 
@@ -20,6 +19,7 @@ from vswap.v1 import node_pb2, node_pb2_grpc
 from vswap.wire.aio import Context, served, served_stream
 from vswap.wire.errors import BadConfig, InvalidRequest, UnknownTier
 from vswap.wire.rpc import MAX_BATCH_BYTES
+from vswap.wire.version import VERSION
 
 _TELL_S = 0.5
 _SCRUB_TELL_S = 0.5
@@ -95,7 +95,7 @@ class AdminService(node_pb2_grpc.NodeAdminServicer):
             shard_uuid=str(shard.uuid),
             cluster_uuid=str(shard.cluster or ""),
             incarnation=shard.incarnation,
-            version=version("vswap"),
+            version=VERSION,
             coordinator=self.coordinator_state,
             generation=shard.generation,
             tiers=map(messages.usage, shard.usage()),

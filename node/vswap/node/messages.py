@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.metadata import version
 
 from vswap.node.differences import Checked
 from vswap.node.directives import Directive, MoveKind, Progress
@@ -11,6 +10,7 @@ from vswap.node.report import TierUsage
 from vswap.node.shard import Shard
 from vswap.v1 import common_pb2, node_pb2
 from vswap.v1 import coordinator_pb2 as pb
+from vswap.wire.version import VERSION
 
 
 def hello(shard: Shard, name: str, address: str, generation: int) -> pb.Hello:
@@ -20,7 +20,7 @@ def hello(shard: Shard, name: str, address: str, generation: int) -> pb.Hello:
         shard_uuid=str(shard.uuid),
         incarnation=shard.incarnation,
         address=address,
-        version=version("vswap"),
+        version=VERSION,
         cluster_uuid=str(shard.cluster or ""),
         generation=generation,
         grants=_grants(shard),
