@@ -1,7 +1,7 @@
 """``make bench``: alternatives interleaved in one run, each ratio with its floor and aim.
 
-``ARGS="codec redis drain redundancy outage restart memory"`` chooses parts, ``--quick`` shortens,
-``--json FILE`` writes. Exits 1 if a figure is below its floor.
+``ARGS="codec redis drain redundancy outage scrub restart memory"`` chooses parts, ``--quick``
+shortens, ``--json FILE`` writes. Exits 1 if a figure is below its floor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import codec, drain, memory, outage, redis_keys, redundancy, restart
+from benchmarks import codec, drain, memory, outage, redis_keys, redundancy, restart, scrub
 from benchmarks.common import Result
 
 Run = Callable[[], Coroutine[Any, Any, list[Result]]]
@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[Run, Run]] = {
     "drain": (drain.run, lambda: drain.run(1, 16384)),
     "redundancy": (redundancy.run, lambda: redundancy.run(1, 8192)),
     "outage": (outage.run, lambda: outage.run(2, 1.0)),
+    "scrub": (scrub.run, lambda: scrub.run(2, 1.0)),
     "restart": (restart.run, lambda: restart.run(2, 1_500_000, 200_000)),
     "memory": (memory.run, lambda: memory.run(3_000_000, 300_000)),
 }

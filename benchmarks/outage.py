@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 
 import numpy as np
 
-from benchmarks.common import MIB, PAGE_BYTES, Result, open_shard, ram_tier
+from benchmarks.common import (
+    LOAD_EVERY_S,
+    LOAD_PAGES,
+    MIB,
+    PAGE_BYTES,
+    Result,
+    loads_p99_s,
+    open_shard,
+    ram_tier,
+)
 from vswap.cli.embedded import EmbeddedRedis
 from vswap.node.shard import Shard
 from vswap.node.spaces import Limits, Space
 from vswap.tiers.spec import TierSpec
 from vswap.wire.errors import TierUnavailable
 
-_BATCH = 16
-_PERIOD_S = 0.002
 _ASKERS = 4
 _ASK_EVERY_S = 0.01
 _TIMEOUT_S = 0.5
@@ -54,8 +60,8 @@ async def run(rounds: int = 6, seconds: float = 3.0) -> list[Result]:
         Result(
             "RAM p99 while a Redis server is stopped over before", ratio, floor=1.2, aim=1.0,
             note=f"{np.median(stopped) * 1e3:.2f} ms vs {np.median(healthy) * 1e3:.2f} ms, loads "
-            f"of {_BATCH} pages every {_PERIOD_S * 1e3:.0f} ms, beside {_ASKERS} who load from "
-            f"Redis every {_ASK_EVERY_S * 1e3:.0f} ms ({failed} of these failed)",
+            f"of {LOAD_PAGES} pages every {LOAD_EVERY_S * 1e3:.0f} ms, beside {_ASKERS} who load "
+            f"from Redis every {_ASK_EVERY_S * 1e3:.0f} ms ({failed} of these failed)",
         ),
     ]  # fmt: skip
 
@@ -70,25 +76,17 @@ async def _round(shard: Shard, near: Space, far: Space, seconds: float) -> tuple
         rng = np.random.default_rng(1)
         while True:
             try:
-                await shard.pager.load(far, rng.integers(0, 1024, _BATCH).astype(np.uint64))
+                await shard.pager.load(far, rng.integers(0, 1024, LOAD_PAGES).astype(np.uint64))
             except TierUnavailable:
                 failed += 1
             await asyncio.sleep(_ASK_EVERY_S)
 
     askers = [asyncio.create_task(ask()) for _ in range(_ASKERS)]
-    rng = np.random.default_rng(2)
-    took = []
-    due = time.perf_counter()
-    end = due + seconds
-    while due < end:
-        await asyncio.sleep(max(due - time.perf_counter(), 0))
-        await shard.pager.load(near, rng.integers(0, 1024, _BATCH).astype(np.uint64))
-        took.append(time.perf_counter() - due)
-        due += _PERIOD_S
+    p99_s = await loads_p99_s(shard, near, 1024, seconds)
     for asker in askers:
         asker.cancel()
     await asyncio.gather(*askers, return_exceptions=True)
-    return float(np.percentile(took, 99)), failed
+    return p99_s, failed
 
 
 async def _until_served(shard: Shard, far: Space, slots: np.ndarray) -> None:

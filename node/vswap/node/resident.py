@@ -55,7 +55,9 @@ class Resident:
         index += 1
         starts = (index << 3).tolist()
         memory = arena.memory.data
-        raw = np.count_nonzero((meta & _RAW_MASK) == space.page_shift) == len(slots)
+        raw = False
+        if tier.codec.is_none:
+            raw = np.count_nonzero((meta & _RAW_MASK) == space.page_shift) == len(slots)
         views: list[Buffer]
         if raw:
             length = space.page_bytes
