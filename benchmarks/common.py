@@ -129,6 +129,17 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return float(np.median(np.array(ours) / np.array(theirs)))
 
 
+def p99_result(
+    what: str, during: list[float], without: list[float], floor: float, aim: float, beside: str
+) -> Result:
+    """What :func:`loads_p99_s` found in rounds that ran in turn."""
+    return Result(
+        what, ratio(during, without), floor=floor, aim=aim,
+        note=f"{np.median(during) * 1e3:.2f} ms vs {np.median(without) * 1e3:.2f} ms, loads of "
+        f"{LOAD_PAGES} pages every {LOAD_EVERY_S * 1e3:.0f} ms, {beside}",
+    )  # fmt: skip
+
+
 async def loads_p99_s(shard: Shard, space: Space, slots: int, seconds: float) -> float:
     """The p99, in seconds, of loads of 16 of the space's first slots every 2 ms, each counted from
     when it was due."""

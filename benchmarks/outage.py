@@ -9,13 +9,13 @@ import signal
 import numpy as np
 
 from benchmarks.common import (
-    LOAD_EVERY_S,
     LOAD_PAGES,
     MIB,
     PAGE_BYTES,
     Result,
     loads_p99_s,
     open_shard,
+    p99_result,
     ram_tier,
 )
 from vswap.cli.embedded import EmbeddedRedis
@@ -55,13 +55,11 @@ async def run(rounds: int = 6, seconds: float = 3.0) -> list[Result]:
                 stopped.append(p99)
                 failed += errors
                 await _until_served(shard, far, slots[:1])
-    ratio = float(np.median(np.array(stopped) / np.array(healthy)))
     return [
-        Result(
-            "RAM p99 while a Redis server is stopped over before", ratio, floor=1.2, aim=1.0,
-            note=f"{np.median(stopped) * 1e3:.2f} ms vs {np.median(healthy) * 1e3:.2f} ms, loads "
-            f"of {LOAD_PAGES} pages every {LOAD_EVERY_S * 1e3:.0f} ms, beside {_ASKERS} who load "
-            f"from Redis every {_ASK_EVERY_S * 1e3:.0f} ms ({failed} of these failed)",
+        p99_result(
+            "RAM p99 while a Redis server is stopped over before", stopped, healthy, 1.2, 1.0,
+            f"beside {_ASKERS} who load from Redis every {_ASK_EVERY_S * 1e3:.0f} ms "
+            f"({failed} of these failed)",
         ),
     ]  # fmt: skip
 

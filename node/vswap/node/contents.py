@@ -18,7 +18,7 @@ from vswap.node import entry
 from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
 from vswap.node.lost import pages_in
-from vswap.node.reader import Reader
+from vswap.node.reader import READS, Reader
 from vswap.node.spaces import Space
 from vswap.node.tier import Tier
 from vswap.tiers import ram
@@ -28,8 +28,6 @@ from vswap.wire.errors import PageCorrupt, PageLost, TierUnavailable
 
 TURN_RECORDS = 64
 """Records copied or hashed in one turn of the loop: 2 MiB in one piece cost neighbours 1 ms."""
-
-_REREADS = 2
 
 logger = structlog.get_logger("vswap.node.contents")
 
@@ -60,7 +58,7 @@ class ContentsReader:
             return await self._in_ram(tier, tier.ram, handle)
         outages = tier.redundant.outages if tier.redundant is not None else 0
         try:
-            for _ in range(_REREADS + 1):
+            for _ in range(READS):
                 data = await self._reader.segment(tier, handle)
                 try:
                     return Contents(*parse(data, tier.segment_name(handle)))
@@ -100,7 +98,7 @@ class ContentsReader:
         good, bad, missing = [_NOTHING], [_NOTHING], 0
         async for space, slots, words in pages_in(tier, [handle], self._ledger):
             left = np.arange(len(slots))
-            for reads in range(_REREADS + 1):
+            for reads in range(READS):
                 found = await self._reader.in_backend(
                     tier, space, slots[left], words[left], left, apart=reads > 0
                 )

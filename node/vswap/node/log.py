@@ -331,7 +331,7 @@ class SegmentLog:
                 self._tier.segments[handle] = None
                 self._tier.charge(stored)
                 begun.append(handle)
-        except OutOfTiers:
+        except VswapError:
             for handle in begun:
                 self._give_up(handle, may_land=False)
             raise

@@ -21,7 +21,7 @@ from vswap.node.fill import find_fills
 from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
 from vswap.node.log import STORES, Placed
-from vswap.node.reader import Found, Reader
+from vswap.node.reader import READS, Found, Reader
 from vswap.node.reaper import Reaper
 from vswap.node.resident import Resident
 from vswap.node.spaces import MAX_PAGE_BYTES, Space
@@ -60,7 +60,6 @@ _WARM_EVERY = 4
 _INLINE_PAGES = 64
 """Pages that are encoded in the turn in which they arrive, as many as a socket holds: 0.7 ms."""
 _MAX_TOKENS = 4096
-_REREADS = 2
 _RECLAIM_DEADLINE_S = 10.0
 _RECLAIM_TRIES = 64
 
@@ -635,13 +634,13 @@ class Pager:
         for i in np.flatnonzero(ok).tolist():
             out[found.index[i]] = np.frombuffer(pages[i], np.uint8)
         bad_index = found.index[~ok]
-        if found.tier.ram is None and reads < _REREADS:
+        if found.tier.ram is None and reads < READS - 1:
             again = await self._reader.in_backend(
                 found.tier, space, slots[bad_index], words[bad_index], bad_index
             )
             await self._deliver(space, slots, words, again, out, reads + 1)
             return
-        if found.tier.ram is None and reads == _REREADS:
+        if found.tier.ram is None and reads == READS - 1:
             records, healed = await self._reader.elsewhere(
                 found.tier, space.number, slots[bad_index], words[bad_index]
             )

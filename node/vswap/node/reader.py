@@ -28,7 +28,8 @@ from vswap.tiers.record import (
 )
 from vswap.wire.errors import PageLost, TierUnavailable, VswapError
 
-_TRIES = 3
+READS = 3
+"""So often is read what fails its check: a bad transfer is not a bad copy."""
 
 
 @dataclass(slots=True)
@@ -173,10 +174,9 @@ class Reader:
         return data
 
     async def exists(self, tier: Tier, handle: int) -> bool:
-        """Whether the backend has anything of a sealed segment. Asks more than once, since a bad
-        transfer is not a loss. Raises what the backend says."""
+        """Whether the backend has anything of a sealed segment. Raises what the backend says."""
         stored = int(self._handles.rows["stored"][handle])
-        for _ in range(_TRIES):
+        for _ in range(READS):
             [data] = await self._fetch(
                 tier, [Read(tier.segment_name(handle), 0, HEADER_BYTES, stored)]
             )

@@ -55,9 +55,7 @@ class Resident:
         index += 1
         starts = (index << 3).tolist()
         memory = arena.memory.data
-        raw = False
-        if tier.codec.is_none:
-            raw = np.count_nonzero((meta & _RAW_MASK) == space.page_shift) == len(slots)
+        raw = np.count_nonzero((meta & _RAW_MASK) == space.page_shift) == len(slots)
         views: list[Buffer]
         if raw:
             length = space.page_bytes

@@ -129,8 +129,12 @@ class Scrubber:
                 contents = await self._contents.read(tier, handle)
                 if contents.doubtful is not None:
                     raise contents.doubtful
-                seen.lost_pages += contents.missing
-                tier.suspect |= contents.missing > 0
+                if contents.missing:
+                    seen.lost_pages += contents.missing
+                    tier.suspect = True
+                    name = tier.segment_name(handle)
+                    logger.error("a segment is torn", tier=tier.name, segment=name.key,
+                                 pages=contents.missing)  # fmt: skip
             seen.damaged_pages += tier.quarantined - before
             if tier.redundant is not None:
                 name = tier.segment_name(handle)

@@ -131,7 +131,7 @@ class Mapping:
             self.path.unlink(missing_ok=True)
 
     def __del__(self) -> None:
-        # Of a simulated process that is killed nobody closes anything.
+        # Whoever fails while it opens, or is killed in a simulation, closes nothing.
         if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
 
