@@ -83,7 +83,9 @@ def test_reopens_with_its_entries_and_grows(tmp_path: Path) -> None:
     again.close()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_table_longer_than_said_is_refused(tmp_path: Path) -> None:
+    """And its file is closed once: the second time it may be somebody else's."""
     region = Region(tmp_path)
     SwapTable(region, "t", 1 << 20, create=True).close()
     with pytest.raises(StateInvalid, match="longer"):

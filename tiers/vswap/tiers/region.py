@@ -55,7 +55,7 @@ class Mapping:
             os.ftruncate(self._fd, self.size)
             self._mmap = mmap.mmap(self._fd, self.size)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._mmap, np.uint8)
         if resident:
