@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_the_drain_running(
     assert "drain red" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == exits.INTERRUPTED
+    assert process.returncode == exits.INTERRUPTED, said
     jobs = small.json("job", "list")
     assert [job["state"] for job in jobs] == ["running"]
     assert f"vswap job cancel {jobs[0]['id']}" in said

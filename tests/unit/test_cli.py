@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from client_support import DictNode, dict_node, run_vswap
 
-from vswap.cli import exits, output, tiers, units
+from vswap.cli import exits, jobs, output, tiers, units, watch
 from vswap.cli.demo import plan as plans
 from vswap.v1 import common_pb2, coordinator_pb2, node_pb2
 from vswap.wire import errors
@@ -242,3 +245,25 @@ def test_a_shared_tier_that_nodes_cannot_use_is_remarked_upon() -> None:
 
     status = coordinator_pb2.ClusterStatus(tiers=[info("a", ""), info("b", "n1: no password")])
     assert [*tiers.unavailable(status)] == ["b is not available at n1: no password"]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_detaches_whatever_becomes_of_it(
+    kind: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the midst of taking a lock it becomes a RuntimeError."""
+
+    def interrupted(cluster: Any, job_id: str) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise kind("cannot release un-acquired lock") from None
+
+    monkeypatch.setattr(watch, "watch", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    cluster: Any = None
+    with pytest.raises(typer.Exit) as ended:
+        jobs._follow(cluster, "drain-1", as_json=False)
+    assert ended.value.exit_code == exits.INTERRUPTED
+    assert "vswap job cancel drain-1" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -216,9 +218,20 @@ def _start(
 
 
 def _follow(cluster: Operator, job_id: str, as_json: bool) -> None:
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         job = watch.watch(cluster, job_id)
-    except KeyboardInterrupt:
+    except BaseException:
+        # In the midst of taking or leaving a lock an interrupt becomes a RuntimeError.
+        if not interrupted:
+            raise
         output.stderr().print(
             f"\ndetached; the job goes on\n"
             f"  follow it again:  vswap job watch {job_id}\n"
@@ -226,6 +239,8 @@ def _follow(cluster: Operator, job_id: str, as_json: bool) -> None:
             markup=False,
         )
         raise typer.Exit(exits.INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     _show(job, as_json)
     if watch.state_of(job) != "done":
         raise typer.Exit(exits.INTERNAL)
