@@ -193,6 +193,27 @@ async def test_grants_grow_with_a_large_tier(tmp_path: Path) -> None:
         tier.stored_bytes = 0
 
 
+async def test_a_store_waits_for_the_coordinator_that_its_node_has_not_reached_yet(
+    tmp_path: Path,
+) -> None:
+    """Right after a restart: what was granted may be used up, and more may be had."""
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        await shard.join(uuid4())
+        await shard.configure(1, [(cluster_tier(tmp_path, "c", 50), TierState.ACTIVE)])
+        space = shard.spaces.create("x", limits=Limits(tiers=("c",)))
+        assert shard.grants() == {"c": 0}
+
+        def granted(name: str, total_bytes: int) -> None:
+            asyncio.get_running_loop().call_soon(shard.set_grant, name, total_bytes)
+
+        storing = asyncio.create_task(store(shard, space, span(0, 20)))
+        await asyncio.sleep(0.1)
+        assert not storing.done()
+        shard.connect_grants(granted)
+        await storing
+        await check(shard, space, span(0, 20))
+
+
 async def test_a_segment_may_die_while_its_mover_waits_for_the_pacer(tmp_path: Path) -> None:
     a, b = objects(tmp_path / "a", "a", rank=1), objects(tmp_path / "b", "b", rank=2)
     async with open_shard(tmp_path / "s", a, b) as shard:

@@ -14,7 +14,8 @@ from vswap.node.tier import Tier, TierState
 _CHUNK_BYTES = 32 * 2**20
 _WAIT_S = 2.0
 _GRACE_S = 10.0
-"""A coordinator that was there so long ago is waited for: it may just be restarted."""
+"""So long a coordinator is waited for that was there, or that a node which was just started has not
+reached yet: either of them may have been restarted a moment ago."""
 
 
 class Grants:
@@ -26,7 +27,7 @@ class Grants:
         self.wanted: Callable[[str, int], None] | None = None
         """Set while the coordinator is connected."""
         self._connected = asyncio.Event()
-        self._left_at_s = float("-inf")
+        self._left_at_s = asyncio.get_running_loop().time()
 
     def connect(self, wanted: Callable[[str, int], None] | None) -> None:
         """Hands in what sends a request; None while the coordinator is away."""
