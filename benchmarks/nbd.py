@@ -3,7 +3,9 @@
 One run, all servers up at once, every measurement of a round taken of each in turn: fio over unix
 sockets, random reads and writes, depth 1 and 32, 4 KiB and 128 KiB. vswap twice: raw pages in an
 uncompressed RAM tier (checksums are verified on every read), and real memory pages in a compressed
-one. ``--rounds N``, ``--seconds S``, ``--json FILE``. Exits 1 if a figure is below its floor.
+one. What compression adds is held against what it adds to a server that does nothing else
+(:mod:`benchmarks.bare_nbd`), in CPU of the server. ``--rounds N``, ``--seconds S``, ``--json
+FILE``. Exits 1 if a figure is below its floor.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import MIB, PAGE_BYTES, Result, real_pages
+from benchmarks.common import MIB, PAGE_BYTES, Result, ratio, real_pages
 
 SIZE = 128 * MIB
 _PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "nbdcopy")
@@ -104,6 +106,14 @@ def _qemu_nbd(root: Path) -> Iterator[Server]:
         yield Server("qemu-nbd", f"nbd+unix:///?socket={socket}", pid)
 
 
+@contextmanager
+def _bare(root: Path, codec: str) -> Iterator[Server]:
+    socket = root / f"bare-{codec}.sock"
+    command = [sys.executable, "-m", "benchmarks.bare_nbd", str(socket), str(SIZE), codec]
+    with _process(command, socket) as pid:
+        yield Server(f"bare {codec}", f"nbd+unix:///s?socket={socket}", pid)
+
+
 def _fill(server: Server, image: Path) -> None:
     subprocess.run(["nbdcopy", str(image), server.uri], check=True)
 
@@ -129,23 +139,22 @@ def _fio(server: Server, rw: str, size: str, depth: int, seconds: float, compres
     )  # fmt: skip
 
 
-def _bare_zstd_us(server: Server, copy: Path, rw: str) -> float:
-    """What compressing or decompressing a page that lies there now costs by itself, in CPU: all of
-    them in random order, a batch's worth of results at a time, as it is in service."""
+def _zstd_us(server: Server, copy: Path, rw: str) -> float:
+    """What compressing or decompressing a page that lies there now costs in a loop, in CPU: all of
+    them in random order, and nothing else on the machine's other processor."""
     subprocess.run(["nbdcopy", server.uri, str(copy)], check=True)
     pages = np.fromfile(copy, np.uint8).reshape(-1, PAGE_BYTES)
     order = np.random.default_rng(2).permutation(len(pages))
     compress = zstandard.ZstdCompressor(level=1).compress
-    if rw == "write":
-        start = time.process_time()
-        for i in range(0, len(order), 32):
-            _ = [compress(pages[k].data) for k in order[i : i + 32].tolist()]
-    else:
+    work: Callable[[Any], bytes] = compress
+    things: list[Any] = [page.data for page in pages]
+    if rw == "read":
         decompress = zstandard.ZstdDecompressor().decompress
-        encoded = [compress(page.data) for page in pages]
-        start = time.process_time()
-        for i in range(0, len(order), 32):
-            _ = [decompress(encoded[k], PAGE_BYTES) for k in order[i : i + 32].tolist()]
+        work = lambda frame: decompress(frame, PAGE_BYTES)  # noqa: E731
+        things = [compress(page) for page in things]
+    start = time.process_time()
+    for i in range(0, len(order), 32):
+        _ = [work(things[k]) for k in order[i : i + 32].tolist()]
     return (time.process_time() - start) / len(order) * 1e6
 
 
@@ -155,7 +164,7 @@ Key = tuple[str, str, str, int]
 def measure(
     rounds: int, seconds: float
 ) -> tuple[dict[Key, list[Figures]], dict[tuple[str, str], list[float]]]:
-    """Of each round: figures per (server, rw, size, depth), and what bare zstd costs a page at
+    """Of each round: figures per (server, rw, size, depth), and what zstd costs a page in a loop at
     that time, per (rw, size)."""
     runs: dict[Key, list[Figures]] = defaultdict(list)
     zstd: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -166,29 +175,32 @@ def measure(
             stack.enter_context(_nbdkit(root)),
             stack.enter_context(_node(root, "vswap zstd", "zstd:1")),
             stack.enter_context(_qemu_nbd(root)),
+            stack.enter_context(_bare(root, "zstd")),
+            stack.enter_context(_bare(root, "none")),
         ]
+        compressing = [server for server in servers if "zstd" in server.name]
         real = real_pages(SIZE // PAGE_BYTES)
         image = root / "image"
         image.write_bytes(np.random.default_rng(1).bytes(SIZE))
+        (root / "real").write_bytes(real.tobytes())
         for server in servers:
-            if server.name == "vswap zstd":
-                (root / "real").write_bytes(real.tobytes())
-                _fill(server, root / "real")
-            else:
-                _fill(server, image)
+            _fill(server, root / "real" if server in compressing else image)
         image.unlink()
         for _ in range(rounds):
             for rw in ("read", "write"):
                 for size in ("4k", "128k"):
                     for depth in (1, 32):
                         for server in servers:
+                            if depth == 1 and server.name.startswith("bare"):
+                                continue
                             found = _fio(server, rw, size, depth, seconds,
-                                         rw == "write" and server.name == "vswap zstd")  # fmt: skip
+                                         rw == "write" and server in compressing)  # fmt: skip
                             runs[server.name, rw, size, depth].append(found)
-                    zstd[rw, size].append(_bare_zstd_us(servers[2], root / "copy", rw))
+                    zstd[rw, size].append(_zstd_us(compressing[0], root / "copy", rw))
                 print(".", end="", file=sys.stderr, flush=True)
             # Writes left fio's pages there: the next round reads real ones again.
-            _fill(servers[2], root / "real")
+            for server in compressing:
+                _fill(server, root / "real")
     print(file=sys.stderr)
     return runs, zstd
 
@@ -225,23 +237,29 @@ def results(
                 note=f"{min(ratios):.2f} to {max(ratios):.2f} x. {_HELD_BACK[rw, size]}",
             )
         )  # fmt: skip
-    # In CPU of the server: the client's part, and what else the machine does, is not compression.
     for rw in ("write", "read"):
         for size, pages in (("4k", 1), ("128k", 32)):
-            raw = runs["vswap raw", rw, size, 32]
-            compressed = runs["vswap zstd", rw, size, 32]
-            bare = [cost * pages for cost in zstd[rw, size]]
-            rounds = list(zip(raw, compressed, bare, strict=True))
-            found.append(
-                Result(
-                    f"{rw} {size}, depth 32: CPU that compression adds, over bare zstd",
-                    median((c.cpu_us - r.cpu_us) / b for r, c, b in rounds), floor=1.3,
-                    note=f"{median(r.cpu_us for r in raw):.1f} us raw, "
-                    f"{median(c.cpu_us for c in compressed):.1f} us compressed, bare zstd "
-                    f"{median(bare):.1f} us an I/O; by the clock "
-                    f"{median((1 / c.iops - 1 / r.iops) * 1e6 / b for r, c, b in rounds):.2f} x",
+            rounds = list(
+                zip(
+                    *(runs[name, rw, size, 32]
+                      for name in ("vswap zstd", "vswap raw", "bare zstd", "bare none")),
+                    zstd[rw, size], strict=True,
                 )
             )  # fmt: skip
+            ours, bare = (
+                [a.cpu_us - b.cpu_us for a, b in pairs]
+                for pairs in ([r[0:2] for r in rounds], [r[2:4] for r in rounds])
+            )
+            loop = [r[4] * pages for r in rounds]
+            found.append(
+                Result(
+                    f"{rw} {size}, depth 32: CPU that zstd adds, over a bare server",
+                    ratio(ours, bare),
+                    floor=1.3,
+                    note=f"{median(ours):.1f} us an I/O, to a bare server {median(bare):.1f}; in a "
+                    f"loop by itself {median(loop):.1f}, of which it is {ratio(ours, loop):.2f} x",
+                )
+            )
     return found
 
 

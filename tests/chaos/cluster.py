@@ -25,8 +25,9 @@ from vswap.v1.common_pb2 import TIER_STATE_DRAINED, TierSpec, TierUsage
 from vswap.wire.errors import VswapError
 
 MIB = 2**20
-SPACES = {"s": 1500, "d": 500}
-"""Slots of the space that SDK clients share, and of the one that is a block device."""
+SPACES = {"s": 1500, "z": 300, "d": 500}
+"""Slots of the spaces that SDK clients share, the second one's pages being compressed from the start,
+and of the one that is a block device."""
 _CONFIG = """
 [[tiers]]
 name = "ram"
@@ -42,6 +43,9 @@ capacity_bytes = 1572864
 rank = 1
 [[spaces]]
 name = "s"
+[[spaces]]
+name = "z"
+tiers = ["zram", "red", "disk"]
 [[spaces]]
 name = "d"
 max_slots = 500
@@ -102,7 +106,7 @@ class Cluster:
     # ---------------------------------------------------------------- load
 
     def load(self, rng: random.Random, retry_s: float, each: int = 2) -> Load:
-        """So many clients of each space; where they may retry, one more loses replies, and spaces
+        """So many clients of each space, one of ``z``; where they may retry, one more loses replies, and spaces
         come and go."""
         load = Load(retry_s)
 
@@ -112,6 +116,7 @@ class Cluster:
         for _ in range(each):
             load.add(load.share, self.node.address, "s", SPACES["s"], some())
             load.add(disk.use, load, self.nbd, "d", SPACES["d"], some())
+        load.add(load.share, self.node.address, "z", SPACES["z"], some())
         if retry_s:
             load.add(load.share, self.proxy.address, "s", SPACES["s"], some())
             load.add(load.come_and_go, self.node.address, f"t{rng.getrandbits(32):x}")
