@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,9 @@ def run(config: NodeConfig) -> int:
         check_listen(where, insecure=config.insecure)
     _configure_logging(config.log_level)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    # Many a shell's soft limit of 1024 is less than what clients and tiers may need.
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     if config.swap_safe:
         for what, why in harden().items():
             logger.warning("not as safe to swap on as it could be", missing=what, why=why)

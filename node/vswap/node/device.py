@@ -25,6 +25,8 @@ _STEP_SLOTS = 8192
 """Slots that are freed, filled or looked up in one turn: about 1 ms."""
 _STORE_PAGES = 256
 _MAX_EXTENTS = 8192
+MAX_EXTENTS_BYTES = 8 * _MAX_EXTENTS
+"""Of one answer to :meth:`Device.extents`, per question."""
 
 HOLE = 1
 ZERO = 2

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vswap.node.frontends.nbd import wire
 from vswap.node.frontends.nbd.wire import Info, Option, Reply
 from vswap.wire.errors import Refused, Unreachable
+from vswap.wire.tcp import notice_loss
 
 _PATIENCE_S = 10.0
 _OLDSTYLE_MAGIC = 0x00420281861253
@@ -61,11 +62,8 @@ def _open(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     remote = socket.create_connection((host.strip("[]"), int(port)), _PATIENCE_S)
     remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A machine that vanished without a word counts as gone after half a minute.
-    remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5)):
-        remote.setsockopt(socket.IPPROTO_TCP, option, seconds)
-    remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    notice_loss(remote)
+    # Also while requests are under way to it.
     remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
     return remote
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -23,6 +24,7 @@ from vswap.node.frontends.nbd.replies import Replies
 from vswap.node.frontends.nbd.requests import ProtocolError
 from vswap.node.frontends.nbd.session import Session
 from vswap.tiers.backend import Buffer
+from vswap.wire.tcp import notice_loss
 
 _MOST_BUFFERS = 1024
 """IOV_MAX of Linux."""
@@ -31,6 +33,8 @@ _MAX_TASKS = 256
 _MAX_QUEUED = 1024
 _WRITE_HIGH, _WRITE_LOW = 512 * 1024, 128 * 1024
 _HANDSHAKE_S = 30.0
+_PATIENCE_S = 30.0
+"""Who takes no reply for so long, while all clients together hold what they may, is hung up on."""
 
 logger = structlog.get_logger("vswap.node.nbd")
 
@@ -48,6 +52,9 @@ class Connection(asyncio.BufferedProtocol):
         self._counters = counters
         self._on_closed = on_closed
         self._transport: asyncio.Transport | None = None
+        self._socket: socket.socket | None = None
+        """The same socket beside the transport, to send from where pages lie."""
+        self._hung_up = select.poll()
         self._handshake: Handshake | None = Handshake(catalogue)
         self._deadline: asyncio.TimerHandle | None = None
         self._session: Session | None = None
@@ -59,6 +66,8 @@ class Connection(asyncio.BufferedProtocol):
         self._tasks: set[asyncio.Task[None]] = set()
         self._write_paused = False
         self._read_paused = False
+        self._was_paused = False
+        """What the socket holds may have waited for a while."""
         self._can_write = asyncio.Event()
         self._ending = False
         """The client said goodbye, or is thrown out: no more requests; replies still go out."""
@@ -68,9 +77,17 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are none of asyncio's by type.
         self._transport = transport = cast(asyncio.Transport, transport)
-        # The same socket beside the transport, to send from where pages lie.
-        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        try:
+            number = os.dup(transport.get_extra_info("socket").fileno())
+        except OSError as error:
+            logger.warning("cannot take another NBD client", why=str(error))
+            self.abort()
+            return
+        self._socket = socket.socket(fileno=number)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _WRITE_HIGH)
+        if self._socket.family != socket.AF_UNIX:
+            notice_loss(self._socket)
+        self._hung_up.register(self._socket, select.POLLRDHUP)
         transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         self._deadline = asyncio.get_running_loop().call_later(_HANDSHAKE_S, self.abort)
         assert self._handshake is not None
@@ -81,7 +98,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
         self._ending = True
         self._can_write.set()
         if self._session is not None:
@@ -89,10 +107,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
         self._budget.forget(self.pump)
-        self._on_closed(self)
+        self._tell_if_over()
 
     def eof_received(self) -> bool:
-        """Half-closed: what was asked is still answered."""
+        """Half-closed: what has begun is still answered."""
+        if self._session is not None and not self._session.said_goodbye:
+            self._session.drop()
         self._end_soon()
         return True
 
@@ -105,6 +125,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._end += nbytes
+        if self._was_paused:
+            self._was_paused = False
+            self._end_if_abandoned()
         if self._ending:
             self._end = 0
             return
@@ -123,6 +146,7 @@ class Connection(asyncio.BufferedProtocol):
         session = self._session
         left = None
         if session is not None:
+            assert self._socket is not None
             if not self._streaming:
                 used += session.feed(self._buffer[used : self._end])
             self._keep(used)
@@ -201,12 +225,24 @@ class Connection(asyncio.BufferedProtocol):
         return self._session.queued if self._session is not None else 0
 
     @property
-    def overdrawn(self) -> bool:
-        return self._budget.spent
+    def gone(self) -> bool:
+        return self._transport is None or self._abandoned
 
     @property
-    def gone(self) -> bool:
-        return self._transport is None
+    def _abandoned(self) -> bool:
+        """The client hung up without a good-bye, though we may not have read as far as that.
+
+        It may have asked again elsewhere what was not answered, and gone on from there: what has
+        not begun must not be done any more, since it would undo what came after.
+        """
+        goodbye = self._session is not None and self._session.said_goodbye
+        return not goodbye and self._socket is not None and bool(self._hung_up.poll(0))
+
+    def _end_if_abandoned(self) -> None:
+        if self._transport is not None and self._abandoned:
+            if self._session is not None:
+                self._session.drop()
+            self.abort()
 
     @property
     def busy(self) -> bool:
@@ -230,11 +266,17 @@ class Connection(asyncio.BufferedProtocol):
             transport.pause_reading()
         elif self._read_paused and not pause:
             self._read_paused = False
+            self._was_paused = True
             transport.resume_reading()
 
     def _end_soon(self) -> None:
         self._ending = True
         self._close_if_done()
+
+    def _tell_if_over(self) -> None:
+        """What is under way goes on when the client is gone, and the server waits for it."""
+        if self._transport is None and not self._tasks:
+            self._on_closed(self)
 
     def _close_if_done(self) -> None:
         if self._ending and not self._tasks and not self._queued and self._transport is not None:
@@ -247,7 +289,8 @@ class Connection(asyncio.BufferedProtocol):
         if transport is None:
             return
         sent = 0
-        if not transport.get_write_buffer_size() and not transport.is_closing():
+        direct = not transport.get_write_buffer_size() and not transport.is_closing()
+        if direct and self._socket is not None:
             try:
                 sent = self._socket.sendmsg(parts[:_MOST_BUFFERS])
             except (BlockingIOError, InterruptedError):
@@ -275,19 +318,33 @@ class Connection(asyncio.BufferedProtocol):
                 logger.error("a request failed in an unforeseen way", exc_info=task.exception())
                 self.abort()
             self.pump()
+            self._tell_if_over()
 
         task.add_done_callback(done)
 
     async def drained(self) -> None:
-        """Waits until the client has taken its replies, nearly: till then they count as held."""
-        while self._write_paused and self._transport is not None:
+        """Waits until the client has taken its replies, nearly: till then they count as held.
+
+        Hangs up on who takes nothing at all for long, while there is nothing left for others.
+        """
+        while self._write_paused and (transport := self._transport) is not None:
             self._can_write.clear()
-            await self._can_write.wait()
+            left = transport.get_write_buffer_size()
+            try:
+                await asyncio.wait_for(self._can_write.wait(), _PATIENCE_S)
+            except TimeoutError:
+                if self._budget.spent and transport.get_write_buffer_size() >= left:
+                    logger.info("dropped an NBD client that takes no replies")
+                    self._counters["nbd_stuck"] += 1
+                    self.abort()
+                    return
 
     def pump(self) -> None:
         """Lets the session serve on, a turn's worth; the rest in the next turn."""
         self._pump_scheduled = False
         session = self._session
+        if session is not None and session.queued:
+            self._end_if_abandoned()
         if session is not None and session.serve_some() and not self._pump_scheduled:
             self._pump_scheduled = True
             asyncio.get_running_loop().call_soon(self.pump)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from vswap.wire.listen import check_free, check_listen
 
 _BACKLOG = 128
 _MAX_CONNECTIONS = 1024
+_OTHER_FILES = 512
+"""Descriptors that are left to tiers and other services. A connection takes two."""
 
 logger = structlog.get_logger("vswap.node.nbd")
 
@@ -40,6 +43,8 @@ class NbdServer:
         self._shard = shard
         self._budget = Budget(inflight_bytes)
         self._connections: set[Connection] = set()
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(min(_MAX_CONNECTIONS, (files - _OTHER_FILES) // 2), 1)
         self._servers: list[asyncio.Server] = []
         self._devices: dict[int, Device] = {}
         self.counters: Counter[str] = Counter()
@@ -69,8 +74,8 @@ class NbdServer:
             self, self._device, self._budget, self.counters, self._connections.discard
         )
         self.counters["nbd_connections"] += 1
-        if len(self._connections) >= _MAX_CONNECTIONS:
-            logger.warning("too many NBD clients", limit=_MAX_CONNECTIONS)
+        if len(self._connections) >= self._most:
+            logger.warning("too many NBD clients", limit=self._most)
             asyncio.get_running_loop().call_soon(connection.abort)
         self._connections.add(connection)
         return connection

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from vswap.node.device import Device, allocation, tier
+from vswap.node.device import MAX_EXTENTS_BYTES, Device, allocation, tier
 from vswap.node.frontends.nbd import wire
 from vswap.node.frontends.nbd.answers import Answers
 from vswap.node.frontends.nbd.handshake import CONTEXTS, Offer
@@ -30,8 +30,6 @@ from vswap.wire.errors import VswapError
 _TURN_PAGES = 128
 """Pages that are read in one turn of the loop, before others have theirs."""
 _STREAM_PAGES = 256
-_LONG_BYTES = 2**20
-"""Reads beyond this never overdraw the budget."""
 _QUESTIONS: dict[str, Callable[[U64], Any]] = {"base:allocation": allocation, "vswap:tier": tier}
 
 
@@ -43,11 +41,8 @@ class Link(Protocol):
         """Too much is under way, or too many replies wait: serve no more for now."""
 
     @property
-    def overdrawn(self) -> bool:
-        """All clients together hold more than they may."""
-
-    @property
-    def gone(self) -> bool: ...
+    def gone(self) -> bool:
+        """Nobody waits for answers any more: begin nothing else that was asked."""
 
     def send(self, *parts: Buffer) -> None: ...
 
@@ -76,7 +71,7 @@ class Session:
             size_bytes=offer.size_bytes, page_bytes=offer.page_bytes,
             has_contexts=bool(self._contexts),
         )  # fmt: skip
-        self._writes = Writes(device, self._answers, link.spawn, offer.page_bytes)
+        self._writes = Writes(device, self._answers, link, offer.page_bytes)
         self._intake = Intake(
             device, self._parser, offer.page_bytes, self._answers.stored, self._writes.store_later
         )
@@ -136,7 +131,8 @@ class Session:
             # host, and nothing that this daemon could flush outlives that.
             self._link.send(self._replies.done(cookie))
         elif command == Command.BLOCK_STATUS:
-            self._link.spawn(self._block_status(cookie, offset, length, flags), 0)
+            cost = len(self._contexts) * MAX_EXTENTS_BYTES
+            self._link.spawn(self._block_status(cookie, offset, length, flags), cost)
         else:
             self._link.spawn(self._change(command, cookie, offset, length, flags), 0)
 
@@ -177,6 +173,7 @@ class Session:
                 ],
             )
         )
+        await self._link.drained()
 
     # ---------------------------------------------------------------- read
 
@@ -195,17 +192,14 @@ class Session:
             self._other(*self._others.popleft())
         if self._reads and not self._link.busy:
             self._serve_some()
-        return bool(self._reads) and not self._must_wait() and not self._link.busy
-
-    def _must_wait(self) -> bool:
-        return self._reads[0][2] > _LONG_BYTES and self._link.overdrawn
+        return bool(self._reads) and not self._link.busy
 
     def _serve_some(self) -> None:
         mask, shift = self._page_mask, self._shift
         batch: list[tuple[int, int, int]] = []
         slots: list[int] = []
         while self._reads and len(slots) < _TURN_PAGES:
-            if self._must_wait() or self._link.busy:
+            if self._link.busy:
                 break
             cookie, offset, length, flags = self._reads.popleft()
             if (offset | length) & mask or length > _TURN_PAGES << shift:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,16 +20,22 @@ _EDIT_TASKS = 32
 """Tasks that edit the pages of one batch. Pages of slower tiers are fetched by so many at once."""
 
 
-class Writes:
-    """``spawn`` runs work that holds so many bytes."""
+class Link(Protocol):
+    """See :class:`vswap.node.frontends.nbd.session.Link`."""
 
-    def __init__(
-        self, device: Device, answers: Answers,
-        spawn: Callable[[Coroutine[Any, Any, None], int], None], page_bytes: int,
-    ) -> None:  # fmt: skip
+    @property
+    def gone(self) -> bool: ...
+
+    def spawn(self, work: Coroutine[Any, Any, None], cost_bytes: int) -> None: ...
+
+
+class Writes:
+    """Of one connection."""
+
+    def __init__(self, device: Device, answers: Answers, link: Link, page_bytes: int) -> None:
         self._device = device
         self._answers = answers
-        self._spawn = spawn
+        self._link = link
         self._page_bytes = page_bytes
         self._page_mask = page_bytes - 1
         self._shift = page_bytes.bit_length() - 1
@@ -52,7 +58,7 @@ class Writes:
         for start in range(0, len(slots), max(step, 1)):
             some = {slot: parts[slot] for slot in slots[start : start + step]}
             cost = sum(len(data) for edits in some.values() for _, _, data in edits)
-            self._spawn(self._edit(some), cost)
+            self._link.spawn(self._edit(some), cost)
 
     def store_run(self, run: Run) -> None:
         """Stores whole pages, straight out of the receive buffer where it can be done now."""
@@ -129,7 +135,7 @@ class Writes:
 
     def store_later(self, taken: list[tuple[Write, int]], slots: U64, pages: U8) -> None:
         """Stores pieces (write, pages) in a task; ``pages`` stay as they are meanwhile."""
-        self._spawn(self._write(taken, slots, pages), pages.size)
+        self._link.spawn(self._write(taken, slots, pages), pages.size)
 
     async def _write(self, taken: list[tuple[Write, int]], slots: U64, pages: U8) -> None:
         """Stores pieces (write, pages) in one go, and one by one if that fails, so that each has
@@ -140,6 +146,8 @@ class Writes:
             if len(taken) > 1:
                 position = 0
                 for piece in taken:
+                    if self._link.gone:
+                        return
                     end = position + piece[1]
                     await self._write([piece], slots[position:end], pages[position:end])
                     position = end
@@ -150,6 +158,8 @@ class Writes:
     async def _edit(self, parts: dict[int, list[tuple[Write, int, bytes]]]) -> None:
         """Edits pages, one after the other."""
         for slot, edits in parts.items():
+            if self._link.gone:
+                return
             try:
                 await self._device.edit(slot, [(start, data) for _, start, data in edits])
             except VswapError as error:
