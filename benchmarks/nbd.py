@@ -4,8 +4,8 @@ One run, all servers up at once, every measurement of a round taken of each in t
 sockets, random reads and writes, depth 1 and 32, 4 KiB and 128 KiB. vswap twice: raw pages in an
 uncompressed RAM tier (checksums are verified on every read), and real memory pages in a compressed
 one. What compression adds is held against what it adds to a server that does nothing else
-(:mod:`benchmarks.bare_nbd`), in CPU of the server. ``--rounds N``, ``--seconds S``, ``--json
-FILE``. Exits 1 if a figure is below its floor.
+(:mod:`benchmarks.bare_nbd`), in CPU of the server; writes of real pages are nbdcopy's. ``--rounds
+N``, ``--seconds S``, ``--json FILE``. Exits 1 if a figure is below its floor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +35,7 @@ from rich.table import Table
 from benchmarks.common import MIB, PAGE_BYTES, Result, ratio, real_pages
 
 SIZE = 128 * MIB
+_BYTES = {"4k": 4096, "128k": 128 * 1024}
 _PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "nbdcopy")
 
 
@@ -139,6 +140,20 @@ def _fio(server: Server, rw: str, size: str, depth: int, seconds: float, compres
     )  # fmt: skip
 
 
+def _copy_us(server: Server, image: Path, size_bytes: int) -> float:
+    """What a write of an image costs the server, in CPU: fio has no real pages to write."""
+    process = psutil.Process(server.pid)
+    before = process.cpu_times()
+    subprocess.run(
+        ["nbdcopy", f"--request-size={size_bytes}", "--requests=32", "--connections=1",
+         "--sparse=0", str(image), server.uri],
+        check=True,
+    )  # fmt: skip
+    after = process.cpu_times()
+    cpu_s = after.user + after.system - before.user - before.system
+    return cpu_s / (SIZE / size_bytes) * 1e6
+
+
 def _zstd_us(server: Server, copy: Path, rw: str) -> float:
     """What compressing or decompressing a page that lies there now costs in a loop, in CPU: all of
     them in random order, and nothing else on the machine's other processor."""
@@ -161,13 +176,25 @@ def _zstd_us(server: Server, copy: Path, rw: str) -> float:
 Key = tuple[str, str, str, int]
 
 
-def measure(
-    rounds: int, seconds: float
-) -> tuple[dict[Key, list[Figures]], dict[tuple[str, str], list[float]]]:
-    """Of each round: figures per (server, rw, size, depth), and what zstd costs a page in a loop at
-    that time, per (rw, size)."""
-    runs: dict[Key, list[Figures]] = defaultdict(list)
-    zstd: dict[tuple[str, str], list[float]] = defaultdict(list)
+@dataclass
+class Measured:
+    """Of each round."""
+
+    runs: dict[Key, list[Figures]] = field(default_factory=lambda: defaultdict(list))
+    """Per (server, rw, size, depth)."""
+    cpu_us: dict[tuple[str, str, str], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """Of the server per I/O at depth 32, per (server, rw, size); real pages where it compresses."""
+    zstd_us: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+    """What zstd costs a page in a loop at that time, per (rw, size)."""
+
+
+_COMPARED = ("vswap zstd", "vswap raw", "bare zstd", "bare none")
+
+
+def measure(rounds: int, seconds: float) -> Measured:
+    found = Measured()
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         servers = [
@@ -183,9 +210,9 @@ def measure(
         image = root / "image"
         image.write_bytes(np.random.default_rng(1).bytes(SIZE))
         (root / "real").write_bytes(real.tobytes())
+        images = {s: root / "real" if s in compressing else image for s in servers}
         for server in servers:
-            _fill(server, root / "real" if server in compressing else image)
-        image.unlink()
+            _fill(server, images[server])
         for _ in range(rounds):
             for rw in ("read", "write"):
                 for size in ("4k", "128k"):
@@ -193,16 +220,19 @@ def measure(
                         for server in servers:
                             if depth == 1 and server.name.startswith("bare"):
                                 continue
-                            found = _fio(server, rw, size, depth, seconds,
-                                         rw == "write" and server in compressing)  # fmt: skip
-                            runs[server.name, rw, size, depth].append(found)
-                    zstd[rw, size].append(_zstd_us(compressing[0], root / "copy", rw))
+                            found.runs[server.name, rw, size, depth].append(
+                                _fio(server, rw, size, depth, seconds,
+                                     rw == "write" and server in compressing)
+                            )  # fmt: skip
+                    for server in (s for s in servers if s.name in _COMPARED):
+                        found.cpu_us[server.name, rw, size].append(
+                            found.runs[server.name, rw, size, 32][-1].cpu_us if rw == "read"
+                            else _copy_us(server, images[server], _BYTES[size])
+                        )  # fmt: skip
+                    found.zstd_us[rw, size].append(_zstd_us(compressing[0], root / "copy", rw))
                 print(".", end="", file=sys.stderr, flush=True)
-            # Writes left fio's pages there: the next round reads real ones again.
-            for server in compressing:
-                _fill(server, root / "real")
     print(file=sys.stderr)
-    return runs, zstd
+    return found
 
 
 _HELD_BACK = {
@@ -218,48 +248,36 @@ _HELD_BACK = {
 }
 
 
-def results(
-    runs: dict[Key, list[Figures]], zstd: dict[tuple[str, str], list[float]]
-) -> list[Result]:
+def results(measured: Measured) -> list[Result]:
     """Ratios are medians over the rounds: what a round compares was measured side by side."""
     bounds = {("read", "4k"): (1.0, 1.5), ("read", "128k"): (0.5, 0.9),
               ("write", "4k"): (0.5, 0.8), ("write", "128k"): (0.5, 0.8)}  # fmt: skip
     found = []
     for (rw, size), (floor, aim) in bounds.items():
-        both = zip(
-            runs["vswap raw", rw, size, 32], runs["nbdkit memory", rw, size, 32], strict=True
-        )
-        ratios = [ours.iops / theirs.iops for ours, theirs in both]
+        ours = measured.runs["vswap raw", rw, size, 32]
+        theirs = measured.runs["nbdkit memory", rw, size, 32]
+        ratios = [mine.iops / its.iops for mine, its in zip(ours, theirs, strict=True)]
+        busy = median(f.cpu_us * f.iops / 1e4 for f in ours)
         found.append(
             Result(
                 f"{rw} {size}, depth 32, raw, over nbdkit memory", median(ratios), floor=floor,
                 aim=aim, up=True,
-                note=f"{min(ratios):.2f} to {max(ratios):.2f} x. {_HELD_BACK[rw, size]}",
+                note=f"{min(ratios):.2f} to {max(ratios):.2f} x. The node is busy {busy:.0f} % of "
+                f"the time: {_HELD_BACK[rw, size]}",
             )
         )  # fmt: skip
-    for rw in ("write", "read"):
-        for size, pages in (("4k", 1), ("128k", 32)):
-            rounds = list(
-                zip(
-                    *(runs[name, rw, size, 32]
-                      for name in ("vswap zstd", "vswap raw", "bare zstd", "bare none")),
-                    zstd[rw, size], strict=True,
-                )
-            )  # fmt: skip
-            ours, bare = (
-                [a.cpu_us - b.cpu_us for a, b in pairs]
-                for pairs in ([r[0:2] for r in rounds], [r[2:4] for r in rounds])
+    for rw, size in bounds:
+        cpu = [np.array(measured.cpu_us[name, rw, size]) for name in _COMPARED]
+        adds, bare = (cpu[0] - cpu[1]).tolist(), (cpu[2] - cpu[3]).tolist()
+        loop = [cost * _BYTES[size] / PAGE_BYTES for cost in measured.zstd_us[rw, size]]
+        found.append(
+            Result(
+                f"{rw} {size}, depth 32: CPU that zstd adds, over a bare server",
+                ratio(adds, bare), floor=1.3,
+                note=f"{median(adds):.1f} us an I/O, to a bare server {median(bare):.1f}; in a "
+                f"loop by itself {median(loop):.1f}, of which it is {ratio(adds, loop):.2f} x",
             )
-            loop = [r[4] * pages for r in rounds]
-            found.append(
-                Result(
-                    f"{rw} {size}, depth 32: CPU that zstd adds, over a bare server",
-                    ratio(ours, bare),
-                    floor=1.3,
-                    note=f"{median(ours):.1f} us an I/O, to a bare server {median(bare):.1f}; in a "
-                    f"loop by itself {median(loop):.1f}, of which it is {ratio(ours, loop):.2f} x",
-                )
-            )
+        )  # fmt: skip
     return found
 
 
@@ -307,13 +325,13 @@ def main() -> int:
     if missing:
         raise SystemExit(f"{', '.join(missing)} not found: "
                          "apt-get install fio nbdkit qemu-utils libnbd-bin")  # fmt: skip
-    runs, zstd = measure(args.rounds, args.seconds)
-    found = results(runs, zstd)
-    _show(runs, found)
+    measured = measure(args.rounds, args.seconds)
+    found = results(measured)
+    _show(measured.runs, found)
     if args.json:
         rows: list[dict[str, Any]] = [
             dict(zip(("server", "rw", "size", "depth"), key, strict=True)) | vars(_medians(figures))
-            for key, figures in runs.items()
+            for key, figures in measured.runs.items()
         ]
         args.json.write_text(
             json.dumps({"runs": rows, "results": [r.as_dict() for r in found]}, indent=1)
