@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -12,9 +13,12 @@ from vswap.cli.device import attach as module
 from vswap.cli.device import checks, machine, memory_group
 from vswap.cli.device.attach import Wanted, attach, detach
 from vswap.cli.device.journal import Journal, Users
-from vswap.cli.device.wanted import device_bytes
-from vswap.wire.errors import Refused
+from vswap.cli.device.wanted import device_bytes, what_to_attach
+from vswap.client import Client
+from vswap.v1 import node_pb2
+from vswap.wire.errors import InvalidRequest, Refused
 
+PAGE = 4096
 GIB = 2**30
 UNDONE = ["swapoff", "losetup -d", "umount", "rmdir", "group away"]
 
@@ -167,6 +171,58 @@ def test_swap_on_a_huge_space_takes_a_part_of_it() -> None:
     assert device_bytes(1024 * GIB, None, swap=False) == 1024 * GIB
     assert device_bytes(1024 * GIB, 128 * GIB, swap=True) == 128 * GIB
     assert device_bytes(GIB, 10_000, swap=False) == 8192
+
+
+class Node:
+    """What a client tells of a node on another machine, and what it was asked to create."""
+
+    def __init__(self) -> None:
+        self.known: list[node_pb2.Space] = []
+
+    def status(self) -> node_pb2.NodeStatus:
+        return node_pb2.NodeStatus(name="n1", nbd=["192.0.2.1:10809"])
+
+    def spaces(self) -> list[node_pb2.Space]:
+        return self.known
+
+    def create_space(self, name: str, page_bytes: int, max_slots: int) -> None:
+        self.known.append(node_pb2.Space(name=name, page_bytes=page_bytes, max_slots=max_slots))
+
+
+def wanted_of(node: Node, size: int | None, *, swap: bool = False) -> Wanted:
+    client = cast(Client, node)
+    return what_to_attach(client, "swap", size, swap=swap, priority=None, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "swap"), [(0, False), (1024, False), (4095, False), (0, True), (40_959, True)]
+)
+def test_a_size_of_less_than_there_can_be(size: int, swap: bool) -> None:
+    node = Node()
+    with pytest.raises(InvalidRequest, match="at least"):
+        wanted_of(node, size, swap=swap)
+    assert not node.known, "nothing was created"
+    node.create_space("swap", PAGE, 1000)
+    with pytest.raises(InvalidRequest, match="at least"):
+        wanted_of(node, size, swap=swap)
+
+
+def test_a_size_that_is_no_multiple_of_a_page_is_rounded_down_everywhere() -> None:
+    node = Node()
+    wanted = wanted_of(node, 2 * PAGE - 1)
+    assert [space.max_slots for space in node.known] == [1]
+    assert (wanted.size_bytes, wanted.space_bytes) == (PAGE, PAGE)
+    assert wanted_of(node, 2 * PAGE - 1).size_bytes == PAGE, "and with the space that is there now"
+    with pytest.raises(Refused, match="grow"):
+        wanted_of(node, 2 * PAGE)
+
+
+def test_swap_needs_a_space_that_mkswap_takes() -> None:
+    node = Node()
+    node.create_space("swap", PAGE, 9)
+    assert wanted_of(node, None).size_bytes == 9 * PAGE
+    with pytest.raises(InvalidRequest, match="at least"):
+        wanted_of(node, None, swap=True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ Size = Annotated[
         "--size",
         parser=options.parsed(units.parse_size),
         metavar="SIZE",
-        help="Size of the device; a space that does not exist is created with it.",
+        help="Size of the device, in whole pages; a space that does not exist is created with it.",
     ),
 ]
 
