@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import pytest
+import typer
 
+from vswap.cli import options
 from vswap.cli.device import attach as module
-from vswap.cli.device import checks, machine, memory_group
+from vswap.cli.device import checks, commands, execute, machine, memory_group
 from vswap.cli.device.attach import Wanted, attach, detach
 from vswap.cli.device.journal import Journal, Users
 from vswap.cli.device.wanted import device_bytes, what_to_attach
@@ -223,6 +227,66 @@ def test_swap_needs_a_space_that_mkswap_takes() -> None:
     assert wanted_of(node, None).size_bytes == 9 * PAGE
     with pytest.raises(InvalidRequest, match="at least"):
         wanted_of(node, None, swap=True)
+
+
+def swap_attached(command: str, node: Node, *, overwrite: bool) -> None:
+    if command == "attach":
+        commands.attach("swap", swap=True, overwrite=overwrite)
+        return
+    with pytest.raises(typer.Exit):
+        execute.execute(["true"], PAGE, "swap", overwrite=overwrite)
+
+
+@pytest.mark.parametrize("command", ["attach", "exec"])
+def test_swap_destroys_nothing_without_being_told_so(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[str] = []
+
+    def make(wanted: Wanted, journal: Journal) -> str:
+        made.append(wanted.name)
+        return "/dev/loop9"
+
+    node = Node()
+    node.create_space("swap", PAGE, 1000)
+    monkeypatch.setattr(options, "node_client", lambda *_: nullcontext(node))
+    monkeypatch.setattr(machine, "need_root", lambda: None)
+    monkeypatch.setattr(module, "need_programs", lambda *, swap: None)
+    monkeypatch.setattr(module, "attach", make)
+    monkeypatch.setattr(module, "detach", lambda journal: journal.undo(module.UNDO))
+    monkeypatch.setattr(execute, "_check_swapping", lambda *_: None)
+    monkeypatch.setattr(execute, "_run_in_group", lambda *_: 0)
+    for at in (commands, execute):
+        monkeypatch.setattr(at, "Journal", partial(Journal, directory=tmp_path))
+        monkeypatch.setattr(at, "Users", partial(Users, directory=tmp_path))
+    swap_attached(command, node, overwrite=False)
+    node.known[0].pages = 1
+    with pytest.raises(Refused, match="--overwrite"):
+        swap_attached(command, node, overwrite=False)
+    assert made == ["swap@n1"]
+    assert not list(tmp_path.glob("*.json"))
+    swap_attached(command, node, overwrite=True)
+    assert made == ["swap@n1"] * 2
+
+
+@pytest.mark.parametrize("swapping", [True, False])
+@pytest.mark.parametrize("header", [b"SWAPSPACE2", b"somebody's"])
+def test_what_mkswap_made_is_freed_and_nothing_else(
+    header: bytes, swapping: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of an `attach` that was killed between mkswap and swapon."""
+    device = tmp_path / "device"
+    device.write_bytes(header.rjust(PAGE) + bytes(PAGE))
+    ran: list[str] = []
+    monkeypatch.setattr(machine, "run", lambda *command, **_: ran.append(command[0]))
+    monkeypatch.setattr(machine, "swaps", lambda: [str(device)] * swapping)
+    machine.swap_off(str(device))
+    ours = swapping or header == b"SWAPSPACE2"
+    assert ran == ["swapoff"] * swapping + ["blkdiscard"] * ours
+    monkeypatch.setattr(machine, "swaps", list)
+    ran.clear()
+    machine.swap_off(str(tmp_path / "gone"))
+    assert not ran
 
 
 @pytest.mark.parametrize(

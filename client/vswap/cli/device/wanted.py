@@ -78,6 +78,19 @@ def whole_pages(size: int, *, swap: bool) -> int:
     return size & ~(_PAGE_BYTES - 1)
 
 
+def must_hold_nothing(client: Client, space: str) -> None:
+    """Raises Refused if a space holds pages: they would not survive that it is swapped on.
+
+    Also if they were swapped: perhaps by another machine, which still runs.
+    """
+    found = _find(client, space)
+    if found is not None and found.pages:
+        raise Refused(
+            f"space {space} holds pages ({units.count(found.pages)}), which are lost if it is "
+            "swapped on: name another space, or say --overwrite"
+        )
+
+
 def _check(status: node_pb2.NodeStatus, nbd: str, *, strict: bool) -> None:
     pid = _local_pid(status, nbd)
     danger = checks.could_wait_for_itself(pid)
