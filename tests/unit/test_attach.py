@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -239,12 +242,14 @@ def swap_attached(command: str, node: Node, *, overwrite: bool) -> None:
 
 @pytest.mark.parametrize("command", ["attach", "exec"])
 def test_swap_destroys_nothing_without_being_told_so(
-    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
     made: list[str] = []
 
     def make(wanted: Wanted, journal: Journal) -> str:
         made.append(wanted.name)
+        journal.log.write_text("vswap: no io flusher: not permitted\n")
         return "/dev/loop9"
 
     node = Node()
@@ -267,6 +272,7 @@ def test_swap_destroys_nothing_without_being_told_so(
     assert not list(tmp_path.glob("*.json"))
     swap_attached(command, node, overwrite=True)
     assert made == ["swap@n1"] * 2
+    assert capsys.readouterr().err.count("relay: no io flusher: not permitted") == 2
 
 
 @pytest.mark.parametrize("swapping", [True, False])
@@ -321,6 +327,61 @@ def test_a_node_on_this_machine_must_stay_in_ram(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(checks, "may_be_swapped", lambda pid, may=may: may)
         told = checks.could_wait_for_itself(os.getpid())
         assert ("--swap-safe" in told) != safe
+
+
+@pytest.mark.parametrize("locked", [0, 4096])
+def test_what_a_node_lacks_is_told(
+    locked: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "locked_bytes", lambda pid: locked)
+    monkeypatch.setattr(checks, "may_be_swapped", lambda pid: True)
+    monkeypatch.setattr(checks, "is_swappable", lambda path, mounts: path == tmp_path)
+    for flusher in (True, False):
+        monkeypatch.setattr(checks, "is_io_flusher", lambda told, flusher=flusher: flusher)
+        told = "; ".join(checks.missing(os.getpid(), None))
+        assert ("PR_SET_IO_FLUSHER" in told) != flusher
+        assert ("CAP_SYS_RESOURCE" in told) == (bool(locked) and not flusher)
+        assert "noswap" not in told
+    told = checks.missing(os.getpid(), tmp_path)[-1]
+    assert "noswap" in told
+    assert ("while it restarts" in told) == bool(locked)
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_one"), [(0x400000, False), (0x80000, False), (0x100000, False), (0x580000, True)]
+)
+def test_who_does_io_for_the_kernel(flags: int, is_one: bool, tmp_path: Path) -> None:
+    told = tmp_path / "stat"
+    told.write_text(f"7 (a ) b) S 1 7 7 0 -1 {flags} 99 0")
+    assert checks.is_io_flusher(told) == is_one
+    assert not checks.is_io_flusher(Path("/proc/self/stat"))
+
+
+def test_which_directories_can_be_swapped_out(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "root / ext4 rw 0 0\ntmpfs /shm tmpfs rw,relatime 0 0\ntmpfs /shm/n tmpfs rw,noswap 0 0\n"
+    )
+    swappable = {path: checks.is_swappable(Path(path), mounts) for path in ("/", "/shm", "/shm/n")}
+    assert swappable == {"/": False, "/shm": True, "/shm/n": False}
+
+
+RELAY = """
+from vswap.cli.device import relay
+relay.harden = lambda: {"io flusher": "not permitted"}
+raise SystemExit(relay.main("unix:/nowhere", "swap", "4096"))
+"""
+
+
+def test_what_a_relay_lacks_is_told(tmp_path: Path) -> None:
+    """By the relay itself, to its log."""
+    log = tmp_path / "log"
+    mine, its = socket.socketpair()
+    with mine, its, open(log, "w") as output:
+        command = [sys.executable, "-c", RELAY]
+        done = subprocess.run(command, stdin=its.fileno(), stderr=output, check=False)
+        assert done.returncode == 1
+    assert checks.relay_lacks(log) == ["of the device's relay: no io flusher: not permitted"]
 
 
 def test_groups_of_version_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

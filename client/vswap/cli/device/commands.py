@@ -9,8 +9,9 @@ import typer
 from vswap.cli import options, units
 from vswap.cli.device import attach as device
 from vswap.cli.device import machine
+from vswap.cli.device.checks import relay_lacks
 from vswap.cli.device.journal import Journal, Users, attached
-from vswap.cli.device.wanted import errors, must_hold_nothing, what_to_attach
+from vswap.cli.device.wanted import careful, errors, must_hold_nothing, what_to_attach
 from vswap.wire.errors import InvalidRequest, Refused
 
 Space = Annotated[str, typer.Argument(help="Name of the space.")]
@@ -63,6 +64,8 @@ def attach(
             with options.node_client(coordinator, node, node_address) as client:
                 must_hold_nothing(client, space)
         found = device.attach(wanted, journal)
+        if swap:
+            careful(relay_lacks(journal.log))
     typer.echo(found)
     what = f"{units.size(wanted.size_bytes)} of space {space}"
     errors.print(f"{what} {'is swap' if swap else 'is a disk'} now; `vswap detach {space}` ends it")

@@ -14,10 +14,11 @@ import typer
 from vswap.cli import options, units
 from vswap.cli.device import attach as device
 from vswap.cli.device import machine
+from vswap.cli.device.checks import relay_lacks
 from vswap.cli.device.commands import Overwrite, Size
 from vswap.cli.device.journal import Journal, Users
 from vswap.cli.device.memory_group import MemoryGroup, remove_dead
-from vswap.cli.device.wanted import must_hold_nothing, what_to_attach
+from vswap.cli.device.wanted import careful, must_hold_nothing, what_to_attach
 from vswap.wire.errors import Refused
 
 _GROUP = "vswap-exec-"
@@ -66,6 +67,7 @@ def execute(
                         must_hold_nothing(client, swap_space)
                 journal.begin(_OURS)
                 device.attach(wanted, journal)
+                careful(relay_lacks(journal.log))
             _check_swapping(journal, swap_space)
             users = stack.enter_context(Users(wanted.name))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -96,7 +97,12 @@ def _check(status: node_pb2.NodeStatus, nbd: str, *, strict: bool) -> None:
     danger = checks.could_wait_for_itself(pid)
     if danger and strict:
         raise Refused(f"{danger}; --force swaps all the same")
-    for line in [danger] * bool(danger) + checks.missing(pid, _state_dir(nbd)):
+    careful([danger] * bool(danger) + checks.missing(pid, _state_dir(nbd)))
+
+
+def careful(lines: Iterable[str]) -> None:
+    """Remarks all that is not as safe as it could be."""
+    for line in lines:
         errors.print(f"[yellow]careful:[/] {line}")
 
 
