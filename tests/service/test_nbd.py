@@ -24,6 +24,7 @@ from vswap.node.frontends.nbd.server import NbdServer
 from vswap.node.shard import Shard
 from vswap.node.spaces import Limits, Space
 from vswap.tiers.spec import TierSpec
+from vswap.wire.errors import BadConfig
 
 T = TypeVar("T")
 SLOTS = 4096
@@ -331,6 +332,15 @@ async def test_more_extents_than_one_answer_holds(tmp_path: Path) -> None:
 
         assert await client(address, work, contexts=("base:allocation",)) in (20000, 20001)
         await server.stop(5.0)
+
+
+async def test_a_file_in_the_way_of_the_socket_stays(tmp_path: Path) -> None:
+    file = tmp_path / "nbd.sock"
+    file.write_text("somebody's")
+    with pytest.raises(BadConfig, match="no socket"):
+        async with serve(tmp_path):
+            pass
+    assert file.read_text() == "somebody's"
 
 
 async def test_cache_brings_pages_into_ram(tmp_path: Path) -> None:

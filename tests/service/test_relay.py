@@ -22,7 +22,8 @@ from processes import Daemon
 
 from vswap.cli.device import export
 from vswap.cli.device.relay import Relay
-from vswap.wire.errors import Refused, Unreachable
+from vswap.client import Client
+from vswap.wire.errors import UnknownSpace, Unreachable
 
 PAGE = 4096
 SLOTS = 2048
@@ -140,6 +141,19 @@ def test_pages_that_are_gone_are_errors_and_never_zeros(node: Daemon) -> None:
         assert device.ask(nbd.WRITE, 0, PAGE, bytes(PAGE)).error == errno.EIO
 
 
+def test_a_space_that_is_deleted_is_an_error_soon(node: Daemon) -> None:
+    with relayed(node) as device:
+        device.write(0, bytes(range(256)) * 16)
+        with Client(node.address) as client:
+            client.delete_space("swap")
+            began_s = time.monotonic()
+            assert device.ask(nbd.READ, 0, PAGE).error == errno.EIO
+            # Nor does another one of the same name bring anything back.
+            client.create_space("swap", page_bytes=PAGE, max_slots=4 * SLOTS)
+            assert device.ask(nbd.READ, 0, PAGE).error == errno.EIO
+        assert time.monotonic() - began_s < 5
+
+
 def test_a_full_node_is_an_error_at_once_and_holds_up_nothing(node: Daemon) -> None:
     with relayed(node) as device:
         began_s = time.monotonic()
@@ -196,7 +210,7 @@ async def test_what_waits_for_too_long_fails_until_the_node_is_back(node: Daemon
 
 
 def test_what_cannot_be_opened(node: Daemon) -> None:
-    with pytest.raises(Refused, match="no such export"):
+    with pytest.raises(UnknownSpace, match="no such export"):
         export.connect(where(node), "other")
     with pytest.raises(Unreachable):
         export.connect(where(node) + "x", "swap")

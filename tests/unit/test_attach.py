@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
+import typer
 
+from vswap.cli import options
 from vswap.cli.device import attach as module
-from vswap.cli.device import checks, machine, memory_group
+from vswap.cli.device import checks, commands, execute, machine, memory_group
 from vswap.cli.device.attach import Wanted, attach, detach
 from vswap.cli.device.journal import Journal, Users
-from vswap.cli.device.wanted import device_bytes
-from vswap.wire.errors import Refused
+from vswap.cli.device.wanted import device_bytes, what_to_attach
+from vswap.client import Client
+from vswap.v1 import node_pb2
+from vswap.wire.errors import InvalidRequest, Refused
 
+PAGE = 4096
 GIB = 2**30
 UNDONE = ["swapoff", "losetup -d", "umount", "rmdir", "group away"]
 
@@ -169,6 +180,121 @@ def test_swap_on_a_huge_space_takes_a_part_of_it() -> None:
     assert device_bytes(GIB, 10_000, swap=False) == 8192
 
 
+class Node:
+    """What a client tells of a node on another machine, and what it was asked to create."""
+
+    def __init__(self) -> None:
+        self.known: list[node_pb2.Space] = []
+
+    def status(self) -> node_pb2.NodeStatus:
+        return node_pb2.NodeStatus(name="n1", nbd=["192.0.2.1:10809"])
+
+    def spaces(self) -> list[node_pb2.Space]:
+        return self.known
+
+    def create_space(self, name: str, page_bytes: int, max_slots: int) -> None:
+        self.known.append(node_pb2.Space(name=name, page_bytes=page_bytes, max_slots=max_slots))
+
+
+def wanted_of(node: Node, size: int | None, *, swap: bool = False) -> Wanted:
+    client = cast(Client, node)
+    return what_to_attach(client, "swap", size, swap=swap, priority=None, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "swap"), [(0, False), (1024, False), (4095, False), (0, True), (40_959, True)]
+)
+def test_a_size_of_less_than_there_can_be(size: int, swap: bool) -> None:
+    node = Node()
+    with pytest.raises(InvalidRequest, match="at least"):
+        wanted_of(node, size, swap=swap)
+    assert not node.known, "nothing was created"
+    node.create_space("swap", PAGE, 1000)
+    with pytest.raises(InvalidRequest, match="at least"):
+        wanted_of(node, size, swap=swap)
+
+
+def test_a_size_that_is_no_multiple_of_a_page_is_rounded_down_everywhere() -> None:
+    node = Node()
+    wanted = wanted_of(node, 2 * PAGE - 1)
+    assert [space.max_slots for space in node.known] == [1]
+    assert (wanted.size_bytes, wanted.space_bytes) == (PAGE, PAGE)
+    assert wanted_of(node, 2 * PAGE - 1).size_bytes == PAGE, "and with the space that is there now"
+    with pytest.raises(Refused, match="grow"):
+        wanted_of(node, 2 * PAGE)
+
+
+def test_swap_needs_a_space_that_mkswap_takes() -> None:
+    node = Node()
+    node.create_space("swap", PAGE, 9)
+    assert wanted_of(node, None).size_bytes == 9 * PAGE
+    with pytest.raises(InvalidRequest, match="at least"):
+        wanted_of(node, None, swap=True)
+
+
+def swap_attached(command: str, node: Node, *, overwrite: bool) -> None:
+    if command == "attach":
+        commands.attach("swap", swap=True, overwrite=overwrite)
+        return
+    with pytest.raises(typer.Exit):
+        execute.execute(["true"], PAGE, "swap", overwrite=overwrite)
+
+
+@pytest.mark.parametrize("command", ["attach", "exec"])
+def test_swap_destroys_nothing_without_being_told_so(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    made: list[str] = []
+
+    def make(wanted: Wanted, journal: Journal) -> str:
+        made.append(wanted.name)
+        journal.log.write_text("vswap: no io flusher: not permitted\n")
+        return "/dev/loop9"
+
+    node = Node()
+    node.create_space("swap", PAGE, 1000)
+    monkeypatch.setattr(options, "node_client", lambda *_: nullcontext(node))
+    monkeypatch.setattr(machine, "need_root", lambda: None)
+    monkeypatch.setattr(module, "need_programs", lambda *, swap: None)
+    monkeypatch.setattr(module, "attach", make)
+    monkeypatch.setattr(module, "detach", lambda journal: journal.undo(module.UNDO))
+    monkeypatch.setattr(execute, "_check_swapping", lambda *_: None)
+    monkeypatch.setattr(execute, "_run_in_group", lambda *_: 0)
+    for at in (commands, execute):
+        monkeypatch.setattr(at, "Journal", partial(Journal, directory=tmp_path))
+        monkeypatch.setattr(at, "Users", partial(Users, directory=tmp_path))
+    swap_attached(command, node, overwrite=False)
+    node.known[0].pages = 1
+    with pytest.raises(Refused, match="--overwrite"):
+        swap_attached(command, node, overwrite=False)
+    assert made == ["swap@n1"]
+    assert not list(tmp_path.glob("*.json"))
+    swap_attached(command, node, overwrite=True)
+    assert made == ["swap@n1"] * 2
+    assert capsys.readouterr().err.count("relay: no io flusher: not permitted") == 2
+
+
+@pytest.mark.parametrize("swapping", [True, False])
+@pytest.mark.parametrize("header", [b"SWAPSPACE2", b"somebody's"])
+def test_what_mkswap_made_is_freed_and_nothing_else(
+    header: bytes, swapping: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of an `attach` that was killed between mkswap and swapon."""
+    device = tmp_path / "device"
+    device.write_bytes(header.rjust(PAGE) + bytes(PAGE))
+    ran: list[str] = []
+    monkeypatch.setattr(machine, "run", lambda *command, **_: ran.append(command[0]))
+    monkeypatch.setattr(machine, "swaps", lambda: [str(device)] * swapping)
+    machine.swap_off(str(device))
+    ours = swapping or header == b"SWAPSPACE2"
+    assert ran == ["swapoff"] * swapping + ["blkdiscard"] * ours
+    monkeypatch.setattr(machine, "swaps", list)
+    ran.clear()
+    machine.swap_off(str(tmp_path / "gone"))
+    assert not ran
+
+
 @pytest.mark.parametrize(
     ("groups", "files", "may"),
     [
@@ -201,6 +327,61 @@ def test_a_node_on_this_machine_must_stay_in_ram(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(checks, "may_be_swapped", lambda pid, may=may: may)
         told = checks.could_wait_for_itself(os.getpid())
         assert ("--swap-safe" in told) != safe
+
+
+@pytest.mark.parametrize("locked", [0, 4096])
+def test_what_a_node_lacks_is_told(
+    locked: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "locked_bytes", lambda pid: locked)
+    monkeypatch.setattr(checks, "may_be_swapped", lambda pid: True)
+    monkeypatch.setattr(checks, "is_swappable", lambda path, mounts: path == tmp_path)
+    for flusher in (True, False):
+        monkeypatch.setattr(checks, "is_io_flusher", lambda told, flusher=flusher: flusher)
+        told = "; ".join(checks.missing(os.getpid(), None))
+        assert ("PR_SET_IO_FLUSHER" in told) != flusher
+        assert ("CAP_SYS_RESOURCE" in told) == (bool(locked) and not flusher)
+        assert "noswap" not in told
+    told = checks.missing(os.getpid(), tmp_path)[-1]
+    assert "noswap" in told
+    assert ("while it restarts" in told) == bool(locked)
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_one"), [(0x400000, False), (0x80000, False), (0x100000, False), (0x580000, True)]
+)
+def test_who_does_io_for_the_kernel(flags: int, is_one: bool, tmp_path: Path) -> None:
+    told = tmp_path / "stat"
+    told.write_text(f"7 (a ) b) S 1 7 7 0 -1 {flags} 99 0")
+    assert checks.is_io_flusher(told) == is_one
+    assert not checks.is_io_flusher(Path("/proc/self/stat"))
+
+
+def test_which_directories_can_be_swapped_out(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "root / ext4 rw 0 0\ntmpfs /shm tmpfs rw,relatime 0 0\ntmpfs /shm/n tmpfs rw,noswap 0 0\n"
+    )
+    swappable = {path: checks.is_swappable(Path(path), mounts) for path in ("/", "/shm", "/shm/n")}
+    assert swappable == {"/": False, "/shm": True, "/shm/n": False}
+
+
+RELAY = """
+from vswap.cli.device import relay
+relay.harden = lambda: {"io flusher": "not permitted"}
+raise SystemExit(relay.main("unix:/nowhere", "swap", "4096"))
+"""
+
+
+def test_what_a_relay_lacks_is_told(tmp_path: Path) -> None:
+    """By the relay itself, to its log."""
+    log = tmp_path / "log"
+    mine, its = socket.socketpair()
+    with mine, its, open(log, "w") as output:
+        command = [sys.executable, "-c", RELAY]
+        done = subprocess.run(command, stdin=its.fileno(), stderr=output, check=False)
+        assert done.returncode == 1
+    assert checks.relay_lacks(log) == ["of the device's relay: no io flusher: not permitted"]
 
 
 def test_groups_of_version_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,6 +59,28 @@ async def test_a_socket_in_use_is_not_taken_away(tmp_path: Path) -> None:
     await server.stop(None)
 
 
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "pipe"])
+async def test_what_is_no_socket_is_left_alone(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    dead = tmp_path / "dead"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(dead))
+    if kind == "file":
+        path.touch()
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(dead)
+    else:
+        os.mkfifo(path)
+    before = path.lstat()
+    server = grpc.aio.server()
+    with pytest.raises(BadConfig, match="no socket"):
+        bind(server, f"unix:{path}")
+    assert path.lstat() == before
+    await server.stop(None)
+
+
 def test_a_state_directory_is_private_and_locked(tmp_path: Path) -> None:
     directory = StateDirectory(tmp_path / "a" / "b")
     directory.lock()

@@ -98,6 +98,7 @@ async def _serve(config: NodeConfig, directory: StateDirectory) -> int:
         if config.scrub_bytes_s:
             shard.start_scrub(config.scrub_bytes_s, config.scrub_interval_s)
         address = await server.start()
+        # Not before all spaces are there: one that is missing then counts as deleted.
         await server.start_nbd(_nbd_addresses(config, directory), insecure=config.insecure)
         if config.coordinator:
             link = departure.control = Control(

@@ -66,9 +66,14 @@ def bind(server: grpc.aio.Server, address: str) -> str:
 
 
 def check_free(address: str) -> None:
-    """Raises OSError with the reason why nothing can listen there."""
+    """Raises OSError with the reason why nothing can listen there.
+
+    What is in the way of a unix socket is removed by who binds it: so that must be a socket.
+    """
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
+        if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "what is there is no socket")
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)

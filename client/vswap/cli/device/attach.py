@@ -164,8 +164,8 @@ def _wait_for(file: Path, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _swap_on(device: str, wanted: Wanted, journal: Journal) -> None:
-    machine.run("mkswap", "--label", "vswap", device)
     journal.begin("swap", device=device)
+    machine.run("mkswap", "--label", "vswap", device)
     flags = [] if wanted.priority is None else ["--priority", str(wanted.priority)]
     machine.run("swapon", "--discard", *flags, device)
 

@@ -9,8 +9,9 @@ import typer
 from vswap.cli import options, units
 from vswap.cli.device import attach as device
 from vswap.cli.device import machine
+from vswap.cli.device.checks import relay_lacks
 from vswap.cli.device.journal import Journal, Users, attached
-from vswap.cli.device.wanted import errors, what_to_attach
+from vswap.cli.device.wanted import careful, errors, must_hold_nothing, what_to_attach
 from vswap.wire.errors import InvalidRequest, Refused
 
 Space = Annotated[str, typer.Argument(help="Name of the space.")]
@@ -20,8 +21,12 @@ Size = Annotated[
         "--size",
         parser=options.parsed(units.parse_size),
         metavar="SIZE",
-        help="Size of the device; a space that does not exist is created with it.",
+        help="Size of the device, in whole pages; a space that does not exist is created with it.",
     ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Swap also on a space that holds pages; they are lost."),
 ]
 
 
@@ -33,6 +38,7 @@ def attach(
         int | None,
         typer.Option("--priority", min=0, max=32767, help="Of the swap: higher is used first."),
     ] = None,
+    overwrite: Overwrite = False,
     force: Annotated[
         bool,
         typer.Option("--force", help="Swap also where the node could be swapped out to itself."),
@@ -42,8 +48,9 @@ def attach(
     coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
 ) -> None:
     """Make a space a block device of this machine. Needs root."""
-    if priority is not None and not swap:
-        raise InvalidRequest("--priority says something of --swap, which was not asked for")
+    for said, option in ((priority is not None, "--priority"), (overwrite, "--overwrite")):
+        if said and not swap:
+            raise InvalidRequest(f"{option} says something of --swap, which was not asked for")
     machine.need_root()
     device.need_programs(swap=swap)
     with options.node_client(coordinator, node, node_address) as client:
@@ -53,7 +60,12 @@ def attach(
     with machine.ended_politely(), Journal(wanted.name) as journal:
         if journal.steps:
             raise Refused(f"{wanted.name} is attached already, or half: `vswap detach` undoes it")
+        if swap and not overwrite:
+            with options.node_client(coordinator, node, node_address) as client:
+                must_hold_nothing(client, space)
         found = device.attach(wanted, journal)
+        if swap:
+            careful(relay_lacks(journal.log))
     typer.echo(found)
     what = f"{units.size(wanted.size_bytes)} of space {space}"
     errors.print(f"{what} {'is swap' if swap else 'is a disk'} now; `vswap detach {space}` ends it")

@@ -14,10 +14,11 @@ import typer
 from vswap.cli import options, units
 from vswap.cli.device import attach as device
 from vswap.cli.device import machine
-from vswap.cli.device.commands import Size
+from vswap.cli.device.checks import relay_lacks
+from vswap.cli.device.commands import Overwrite, Size
 from vswap.cli.device.journal import Journal, Users
 from vswap.cli.device.memory_group import MemoryGroup, remove_dead
-from vswap.cli.device.wanted import what_to_attach
+from vswap.cli.device.wanted import careful, must_hold_nothing, what_to_attach
 from vswap.wire.errors import Refused
 
 _GROUP = "vswap-exec-"
@@ -43,6 +44,7 @@ def execute(
         str, typer.Option("--swap-space", metavar="SPACE", help="Where its overflow goes.")
     ],
     size: Size = None,
+    overwrite: Overwrite = False,
     node: options.NodeName = None,
     node_address: options.NodeAddress = None,
     coordinator: options.Coordinator = options.DEFAULT_COORDINATOR,
@@ -60,8 +62,12 @@ def execute(
     with machine.ended_politely(), contextlib.ExitStack() as stack:
         with Journal(wanted.name, wait=True) as journal:
             if not journal.steps:
+                if not overwrite:
+                    with options.node_client(coordinator, node, node_address) as client:
+                        must_hold_nothing(client, swap_space)
                 journal.begin(_OURS)
                 device.attach(wanted, journal)
+                careful(relay_lacks(journal.log))
             _check_swapping(journal, swap_space)
             users = stack.enter_context(Users(wanted.name))
         try:

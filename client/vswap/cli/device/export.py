@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vswap.node.frontends.nbd import wire
 from vswap.node.frontends.nbd.wire import Info, Option, Reply
-from vswap.wire.errors import Refused, Unreachable
+from vswap.wire.errors import Refused, UnknownSpace, Unreachable
 from vswap.wire.tcp import notice_loss
 
 _PATIENCE_S = 10.0
@@ -34,7 +34,7 @@ def greeting(size_bytes: int, flags: int) -> bytes:
 def connect(address: str, name: str) -> tuple[socket.socket, Export]:
     """A connection in the transmission phase, with simple replies. Blocks for seconds at most.
 
-    Raises Unreachable, or Refused: there is no such export.
+    Raises Unreachable; UnknownSpace: there is no such export; Refused: it is not to be had now.
     """
     try:
         connection = _open(address)
@@ -87,8 +87,8 @@ def _go(connection: socket.socket, name: bytes) -> Export:
         if kind == Reply.ACK:
             return Export(size_bytes, flags, description)
         if kind != Reply.INFO:
-            why = told.decode(errors="replace") or "refused"
-            raise Refused(f"export {name.decode()!r}: {why}")
+            why = f"export {name.decode()!r}: {told.decode(errors='replace') or 'refused'}"
+            raise UnknownSpace(why) if kind == Reply.ERR_UNKNOWN else Refused(why)
         [about] = struct.unpack_from(">H", told)
         if about == Info.EXPORT:
             size_bytes, flags = struct.unpack_from(">QH", told, 2)

@@ -29,6 +29,8 @@ class Journal:
     def __init__(self, name: str, directory: Path = DIRECTORY, *, wait: bool = False) -> None:
         self.name = name
         self.path = directory / f"{name}.json"
+        self.log = directory / f"{name}.log"
+        """What those say who serve the device."""
         self._wait = wait
         self.steps: list[Step] = []
         self._fd = -1

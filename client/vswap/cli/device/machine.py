@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ _PACKAGES = {
 _COMMAND_S = 60.0
 _SWAPOFF_S = 3600.0
 """Everything that is on it must come back first."""
+_SWAP_MAGIC = b"SWAPSPACE2"
+"""The end of a swap area's first page."""
 
 
 def need_root() -> None:
@@ -91,11 +94,22 @@ def swaps() -> list[str]:
 
 
 def swap_off(device: str) -> None:
-    """Ends swapping on a device. What was swapped means nothing any more, and is freed."""
+    """Ends swapping on a device. What was swapped means nothing any more, and is freed.
+
+    So is what `mkswap` made of it, if it got no further.
+    """
     if device in swaps():
         run("swapoff", device, timeout_s=_SWAPOFF_S)
-        with contextlib.suppress(Refused):
-            run("blkdiscard", "--force", device)
+    elif not _is_swap_area(device):
+        return
+    with contextlib.suppress(Refused):
+        run("blkdiscard", "--force", device)
+
+
+def _is_swap_area(device: str) -> bool:
+    with contextlib.suppress(OSError), open(device, "rb") as file:
+        return file.read(mmap.PAGESIZE).endswith(_SWAP_MAGIC)
+    return False
 
 
 def loops_of(file: str) -> list[str]:

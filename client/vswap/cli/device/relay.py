@@ -5,8 +5,9 @@ replies on, many at once; while the node is away it keeps the requests, and asks
 that the node answers, such as ENOSPC, are handed on at once and hold up nothing else. (nbdkit's
 filter for the purpose serves one request at a time, and repeats also these, for minutes.)
 
-If another shard or another space of the same name answers after a pause, the pages are gone, and
-everything fails from then on: zeros in place of what was stored would be a silent loss.
+If a node answers that does not have the space any more (it was deleted, or another shard or space
+of the same name is there), the pages are gone, and everything fails from then on: zeros in place of
+what was stored would be a silent loss. A node knows all its spaces before it serves any.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import uvloop
 from vswap.cli.device import export
 from vswap.cli.device.traffic import Malformed, Traffic
 from vswap.node.harden import harden
-from vswap.wire.errors import VswapError
+from vswap.wire.errors import UnknownSpace, VswapError
 
 PATIENCE_S = 300.0
 """How long requests wait for a node that is away. Afterwards they fail, until it is back."""
@@ -127,7 +128,7 @@ class Relay:
         while True:
             try:
                 return await self._connect()
-            except _Gone as error:
+            except (_Gone, UnknownSpace) as error:
                 if not self._hopeless:
                     _say(f"everything fails from now on: {error}")
                 until_s = 0

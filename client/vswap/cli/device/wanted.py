@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,8 @@ _PAGE_BYTES = 4096
 _MOST_SWAP_BYTES = 64 * 2**30
 """Swap on a larger space takes this much of it, unless told: the kernel keeps a byte or two of its
 own memory for every page of a swap device."""
+_LEAST_SWAP_BYTES = 10 * _PAGE_BYTES
+"""mkswap makes no smaller area."""
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -29,14 +32,15 @@ def what_to_attach(
     ``strict`` refuses to swap on a node that could be swapped out to itself; else it is remarked,
     like all that is not as safe as it could be. Raises InvalidRequest, Refused.
     """
+    if size is not None:
+        size = whole_pages(size, swap=swap)
     status = client.status()
     nbd = _local_first(status)
     if swap:
         _check(status, nbd, strict=strict)
     found = _find(client, space)
     if found is None and size is not None:
-        slots = max(-(-size // _PAGE_BYTES), 1)
-        client.create_space(space, page_bytes=_PAGE_BYTES, max_slots=slots)
+        client.create_space(space, page_bytes=_PAGE_BYTES, max_slots=size // _PAGE_BYTES)
         found = _find(client, space)
     if found is None:
         raise InvalidRequest(
@@ -61,9 +65,31 @@ def what_to_attach(
 
 
 def device_bytes(space_bytes: int, size: int | None, *, swap: bool) -> int:
-    """How large the device becomes: whole pages."""
+    """How large the device becomes: whole pages. Raises InvalidRequest where that is too little."""
     default = min(space_bytes, _MOST_SWAP_BYTES) if swap else space_bytes
-    return (size or default) & ~(_PAGE_BYTES - 1)
+    return whole_pages(default if size is None else size, swap=swap)
+
+
+def whole_pages(size: int, *, swap: bool) -> int:
+    """The same size, down to a multiple of a page. Raises InvalidRequest if it is too little."""
+    least = _LEAST_SWAP_BYTES if swap else _PAGE_BYTES
+    if size < least:
+        what = "swap" if swap else "a device"
+        raise InvalidRequest(f"{what} of {units.size(size)}: at least {units.size(least)}")
+    return size & ~(_PAGE_BYTES - 1)
+
+
+def must_hold_nothing(client: Client, space: str) -> None:
+    """Raises Refused if a space holds pages: they would not survive that it is swapped on.
+
+    Also if they were swapped: perhaps by another machine, which still runs.
+    """
+    found = _find(client, space)
+    if found is not None and found.pages:
+        raise Refused(
+            f"space {space} holds pages ({units.count(found.pages)}), which are lost if it is "
+            "swapped on: name another space, or say --overwrite"
+        )
 
 
 def _check(status: node_pb2.NodeStatus, nbd: str, *, strict: bool) -> None:
@@ -71,7 +97,12 @@ def _check(status: node_pb2.NodeStatus, nbd: str, *, strict: bool) -> None:
     danger = checks.could_wait_for_itself(pid)
     if danger and strict:
         raise Refused(f"{danger}; --force swaps all the same")
-    for line in [danger] * bool(danger) + checks.missing(pid, _state_dir(nbd)):
+    careful([danger] * bool(danger) + checks.missing(pid, _state_dir(nbd)))
+
+
+def careful(lines: Iterable[str]) -> None:
+    """Remarks all that is not as safe as it could be."""
+    for line in lines:
         errors.print(f"[yellow]careful:[/] {line}")
 
 
