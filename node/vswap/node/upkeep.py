@@ -248,7 +248,9 @@ class Upkeep:
             turn = slice(start, start + _BATCH)
             missing += self._lacks(tier, backend, place, before[turn], words[turn], listed)
             await asyncio.sleep(0)
-        while not tier.fenced and (strays := self._strays(listed)):
+        while strays := self._strays(listed):
+            if tier.fenced:
+                return missing
             for start in range(0, len(strays), _BATCH):
                 some = strays[start : start + _BATCH]
                 await member.delete([SegmentName(own.cluster, own.shard, s) for s in some])
