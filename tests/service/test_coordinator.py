@@ -47,7 +47,7 @@ class Served:
     def __init__(self, directory: Path, **config: Any) -> None:
         settings = {"listen": "127.0.0.1:0", "lease_s": 2.0, **config}
         self.directory = directory
-        self.coordinator = Coordinator(CoordinatorConfig(**settings), directory / "state.sqlite")
+        self.coordinator = Coordinator(CoordinatorConfig(**settings), directory / "state.jsonl")
         self.address = ""
 
     async def __aenter__(self) -> Served:
@@ -323,11 +323,11 @@ async def test_a_change_that_cannot_be_written_did_not_happen(
         await node.until(lambda: "a" in node.tiers)
 
         def full(bodies: object) -> None:
-            raise StateInvalid("cannot write state.sqlite: database or disk is full")
+            raise StateInvalid("cannot write state.jsonl: no space left")
 
         with monkeypatch.context() as patch:
             patch.setattr(runner._store, "write", full)
-            with pytest.raises(StateInvalid, match="disk is full"):
+            with pytest.raises(StateInvalid, match="no space left"):
                 await served("SetTier", name="a", rank=77)
         await node.closed()
         assert (await served("GetCluster")).tiers[0].tier.spec.rank == 10

@@ -16,6 +16,7 @@ import pytest
 from links import LinkNode
 
 from vswap.client import Operator
+from vswap.coordinator.store import FILE
 from vswap.v1 import common_pb2, coordinator_pb2
 from vswap.wire.errors import Unreachable
 
@@ -233,7 +234,7 @@ def test_starts_that_must_fail_say_why_in_one_line(process: Process) -> None:
     code, line = process.fails("--listen", "nonsense")
     assert code == 2
     process.state.mkdir(exist_ok=True)
-    (process.state / "state.sqlite").write_bytes(b"\0" * 5000)
+    (process.state / FILE).write_bytes(b"\0" * 5000)
     code, line = process.fails("--listen", "127.0.0.1:0")
     assert code == 3
     assert "move its directory away" in line
@@ -242,6 +243,30 @@ def test_starts_that_must_fail_say_why_in_one_line(process: Process) -> None:
     code, line = process.fails("--config", str(config))
     assert code == 2
     assert "balance.enabld: unknown key" in line
+
+
+def test_a_copy_of_the_one_file_is_a_backup(process: Process) -> None:
+    """Made while it runs, and taken up elsewhere; never in the place of a newer one unasked."""
+    process.start()
+    add(process, "a", 10)
+    copy = (process.state / FILE).read_bytes()
+    add(process, "b", 20)
+    process.end(signal.SIGKILL)
+    (process.state / FILE).write_bytes(copy)
+    code, line = process.fails("--listen", "127.0.0.1:0")
+    assert code == 3
+    assert "older than what was written last" in line
+    assert str(process.state / "begun") in line
+    (process.state / FILE).unlink()
+    code, line = process.fails("--listen", "127.0.0.1:0")
+    assert code == 3
+    assert "missing" in line
+    process.state = process.directory / "elsewhere"
+    process.state.mkdir()
+    (process.state / FILE).write_bytes(copy)
+    process.start()
+    with process.operator() as operator:
+        assert [info.tier.spec.name for info in operator.cluster().tiers] == ["a"]
 
 
 def test_nobody_answers_after_a_kill(process: Process) -> None:

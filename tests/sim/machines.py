@@ -233,7 +233,7 @@ class Coordinator(Machine):
     async def _run(self, process: Process) -> None:
         loop = self.net.loop
         try:
-            store = Store.open(self.directory / "state.sqlite", self._uuid)
+            store = Store.open(self.directory / "state.jsonl", self._uuid)
             runner = Runner(
                 store,
                 Backends(self._make_backend),

@@ -19,8 +19,9 @@ from shards import objects, open_shard, pages, ram, slots
 from vswap.node.control import Control
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
+from vswap.node.spaces import Limits
 from vswap.node.tier import TierState
-from vswap.tiers.backend import Backend
+from vswap.tiers.backend import Backend, prefix
 from vswap.tiers.factory import make_backend
 from vswap.tiers.spec import TierSpec
 from vswap.tiers.wrappers.faulty import FaultPlan, Faulty
@@ -30,7 +31,9 @@ from vswap.wire.aio import served_stream
 from vswap.wire.errors import (
     AlreadyExists,
     InvalidRequest,
+    OutOfTiers,
     Refused,
+    StaleIncarnation,
     TierUnavailable,
     VswapError,
 )
@@ -325,6 +328,66 @@ def locked(spec: TierSpec) -> Backend:
     """A backend that needs its tier's password to be made."""
     spec.password()
     return make_backend(spec)
+
+
+async def test_of_two_lives_the_older_leaves_the_newer_ones_segments_alone(tmp_path: Path) -> None:
+    """Its state directory was copied, and the copy was started: one prefix, two who sweep it."""
+    coordinator = Coordinator()
+    async with (
+        open_shard(tmp_path / "s", ram(), seams=Seams(late_s=0)) as shard,
+        listening(coordinator) as address,
+        linked(shard, address) as control,
+    ):
+        stream = await coordinator.stream()
+        stream.say(configuration=configuration(4, tier(objects(tmp_path / "o"))))
+        await stream.hears("generation_ack")
+        shared = shard.tiers.get("objects")
+        shard.set_grant("objects", 64 * MIB)
+        space = shard.spaces.create("s", limits=Limits(tiers=("objects",)))
+        names = []
+        for slot in (1, 2):
+            await shard.pager.store(space, slots(slot), pages(slots(slot), 1))
+            names.append(shared.segment_name(next(reversed(shared.segments))))
+        theirs, ours = names
+        await shard.pager.free(space, slots(1))
+        async with asyncio.timeout(10):
+            while len(shared.segments) > 1:
+                await asyncio.sleep(0.02)
+        await shared.backend.put(theirs, b"of the newer life")
+
+        async def there() -> set[str]:
+            listed = shared.backend.list(prefix(ours.cluster, ours.shard))
+            return {item.key async for item in listed}
+
+        # A dead stream of our own that the coordinator has not noticed is another matter.
+        for known, stops in ((shard.incarnation, False), (shard.incarnation + 1, True)):
+            coordinator.refuses = StaleIncarnation("known in another life", incarnation=known)
+            stream.end()
+            async with asyncio.timeout(10):
+                while control.refused is None or control.refused.fields["incarnation"] != known:
+                    await asyncio.sleep(0.02)
+            assert shared.fenced is stops
+            assert (shared.state is TierState.DRAINED) is stops
+            if not stops:
+                coordinator.refuses = None
+                stream = await coordinator.stream()
+        # Nothing is written there, and nothing deleted; what is there can be read.
+        assert (await shard.pager.load(space, slots(2)) == pages(slots(2), 1)).all()
+        with pytest.raises(OutOfTiers):
+            await shard.pager.store(space, slots(3), pages(slots(3), 1))
+        await shard.pager.free(space, slots(2))
+        await shard.sweep(shared)
+        assert not await shard.reaper.pass_once()
+        assert await there() == {ours.key, theirs.key}
+        # Until the coordinator takes it for the newest again.
+        coordinator.refuses = None
+        stream = await coordinator.stream()
+        stream.say(configuration=configuration(4, tier(objects(tmp_path / "o"))))
+        async with asyncio.timeout(10):
+            while shared.fenced or shard.reaper.pending:
+                await asyncio.sleep(0.02)
+        await shard.sweep(shared)
+        assert await there() == set()
 
 
 async def test_a_tier_without_its_password_holds_nothing_up(

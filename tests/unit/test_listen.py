@@ -105,6 +105,15 @@ def test_a_directory_of_others_is_left_alone(tmp_path: Path) -> None:
         StateDirectory(tmp_path).lock()
     assert [path.name for path in tmp_path.iterdir()] == ["package.json"]
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    with pytest.raises(StateInvalid, match="not vswap's"):
+        StateDirectory(tmp_path, backup="state").lock()
+
+
+def test_a_directory_that_holds_a_backup_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    directory = StateDirectory(tmp_path, backup="state")
+    directory.lock()
+    directory.unlock()
 
 
 def test_a_directory_below_somebody_elses_is_refused(

@@ -108,6 +108,42 @@ async def test_what_waits_for_promotion_cannot_come_back_as_an_old_page(tmp_path
         assert not shard.handles.pins.any()
 
 
+async def test_what_waits_for_promotion_holds_little_memory(tmp_path: Path) -> None:
+    """Its own records, not the buffers of the loads that they came with; and few of them."""
+    async with open_shard(tmp_path / "s", ram(), objects(tmp_path / "o", rank=5)) as shard:
+        space = shard.spaces.create("x", limits=Limits(tiers=("objects",)))
+        await store(shard, space, span(0, 400))
+        shard.spaces.change("x", Limits())
+        gate, codecs = asyncio.Event(), shard.promoter._codecs
+        transcode = codecs.transcode
+
+        async def held_up(*args: object) -> object:
+            await gate.wait()
+            return await transcode(*args)  # type: ignore[arg-type]
+
+        codecs.transcode = held_up  # type: ignore[assignment, method-assign]
+
+        def held_bytes() -> int:
+            waiting = [records for _, records, _ in shard.promoter._queue._queue]  # type: ignore[attr-defined]
+            return sum(records.blob.nbytes for records in waiting)
+
+        # The first one is on its way to RAM, the second one waits: of a batch, one page is hot.
+        for _ in range(3):
+            await shard.pager.load(space, slots(0))
+        await shard.pager.load(space, span(0, 200))
+        assert 0 < held_bytes() < 2 * 4096
+        for _ in range(20):
+            await check(shard, space, span(0, 400))
+        assert held_bytes() < 4 * MIB
+        gate.set()
+        async with asyncio.timeout(10):
+            while shard.promoter.queued_bytes:
+                await asyncio.sleep(0.01)
+        assert shard.promoter.counters["promoted_pages"] >= 400
+        await check(shard, space, span(0, 400))
+        assert not shard.handles.pins.any()
+
+
 async def test_a_start_with_full_shared_memory_keeps_the_tables(tmp_path: Path) -> None:
     class FullMapping(Mapping):
         def reserve(self, offset: int, length: int) -> None:

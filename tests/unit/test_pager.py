@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 from uuid import UUID
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from shards import MIB, objects, open_shard, page, pages, ram, slots
 
 from vswap.node.seams import Seams
@@ -179,6 +182,45 @@ async def test_all_tiers_full_is_an_error_and_loses_nothing(tmp_path: Path) -> N
         again = np.arange(1000, 1150, dtype=np.uint64)
         await shard.pager.store(space, again, pages(again, 2))
         assert (await shard.pager.load(space, again) == pages(again, 2)).all()
+
+
+async def test_full_shared_memory_is_an_error_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To touch memory that is not there would be SIGBUS: it is asked for first."""
+    allocate, left = os.posix_fallocate, 4 * MIB
+
+    def some(fd: int, offset: int, length: int) -> None:
+        nonlocal left
+        if length > left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= length
+        allocate(fd, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", some)
+    async with open_shard(tmp_path, ram(mib=64)) as shard:
+        space = shard.spaces.create("s")
+        stored: list[NDArray[np.uint64]] = []
+        with pytest.raises(OutOfTiers):
+            for start in range(0, 64 * MIB // 4096, 100):
+                where = np.arange(start, start + 100, dtype=np.uint64)
+                await shard.pager.store(space, where, pages(where, 1))
+                stored.append(where)
+        assert stored
+        for where in stored:
+            assert (await shard.pager.load(space, where) == pages(where, 1)).all()
+        # Part of the sparse files, all that was used was allocated.
+        blocks = sum(path.stat().st_blocks for path in tmp_path.iterdir()) * 512
+        assert blocks <= 5 * MIB
+        left = 64 * MIB
+        again = np.arange(5000, 5100, dtype=np.uint64)
+        async with asyncio.timeout(120):
+            while True:
+                try:
+                    await shard.pager.store(space, again, pages(again, 2))
+                    break
+                except OutOfTiers:
+                    await asyncio.sleep(1)
 
 
 async def test_a_batch_larger_than_any_tier_is_split_over_tiers(tmp_path: Path) -> None:

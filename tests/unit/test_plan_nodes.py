@@ -76,8 +76,9 @@ def test_an_older_life_is_fenced_and_a_newer_one_takes_over(world: World) -> Non
     node.connect()
     assert world.state.sessions[node.uuid].stream == node.stream != first
     node.disconnect()
-    with pytest.raises(StaleIncarnation):
+    with pytest.raises(StaleIncarnation) as caught:
         node.connect(incarnation=1)
+    assert caught.value.fields["incarnation"] == 2
     node.connect()
 
 

@@ -15,6 +15,7 @@ class AwayTier:
     """One whose backend refuses. What :class:`Tier` does with a failure is to wait the longer."""
 
     name = "away"
+    fenced = False
 
     def __init__(self, *, opened: bool) -> None:
         self.opened = opened

@@ -25,7 +25,7 @@ from vswap.coordinator.config import CoordinatorConfig, load_config, state_direc
 from vswap.coordinator.events import Now
 from vswap.coordinator.runner import Runner
 from vswap.coordinator.service import NodeLinkService, OperatorService, add_tier
-from vswap.coordinator.store import Store
+from vswap.coordinator.store import FILE, Store
 from vswap.tiers.backend import Backend
 from vswap.tiers.factory import make_backend
 from vswap.tiers.spec import TierSpec
@@ -52,7 +52,7 @@ def run(config: CoordinatorConfig) -> int:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     path = Path(config.state_dir) if config.state_dir else state_directory(os.environ)
-    directory = StateDirectory(path)
+    directory = StateDirectory(path, backup=FILE)
     directory.lock()
     try:
         return uvloop.run(_serve(config, directory))
@@ -62,7 +62,7 @@ def run(config: CoordinatorConfig) -> int:
 
 async def _serve(config: CoordinatorConfig, directory: StateDirectory) -> int:
     stop = _stop_signal()
-    coordinator = Coordinator(config, directory.path / "state.sqlite")
+    coordinator = Coordinator(config, directory.path / FILE)
     try:
         address = await coordinator.start()
         directory.write_address(address)
@@ -124,7 +124,6 @@ class Coordinator:
         await self.runner.close()
         if self._server is not None:
             await self._server.stop(_GRACE_S)
-        self._store.close()
 
     async def _add_tiers(self, specs: Sequence[TierSpec]) -> list[TierSpec]:
         """Registers those not known yet; returns those whose server does not answer."""

@@ -1,7 +1,7 @@
 """The durable part of the state as small JSON documents, and back.
 
-Format version 1. A document that does not fit makes the whole state invalid: it is never
-half-read.
+Format version 2 (1 was SQLite). A document that does not fit makes the whole state invalid: it is
+never half-read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from vswap.coordinator.state import Hold, Job, Key, Shard, State, Tier
 from vswap.wire.errors import StateInvalid
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 T = TypeVar("T")
 

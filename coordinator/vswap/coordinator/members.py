@@ -172,6 +172,7 @@ def _admit(turn: Turn, hello: coordinator_pb2.Hello) -> Shard:
             f"node {hello.node} is known in incarnation {shard.incarnation}, "
             f"this is {hello.incarnation}",
             node=hello.node,
+            incarnation=shard.incarnation,
         )
     return shard
 

@@ -1,15 +1,24 @@
-"""Durable state: the documents of :mod:`vswap.coordinator.documents` in one SQLite file.
+"""Durable state: the documents of :mod:`vswap.coordinator.documents` in one file.
 
-A write returns once the transaction is on disk (WAL, synchronous=FULL); a kill at any point leaves
-the state before or after it. Size and cost are O(tiers + nodes + jobs). Used by one process, which
-holds the state directory's lock, and one thread.
+The file is replaced as a whole, atomically, and a write returns once it is on disk: a kill at any
+point leaves the state before or after it, and a plain copy of the file, made at any time, is all of
+one state. Its first line holds a hash of the rest, so that no damage is taken for state; the
+file ``begun`` beside it says how new it must be. Size and the cost of a write are
+O(tiers + nodes + jobs): kilobytes. Used by one process, which holds the state directory's lock, and
+one thread.
+
+Format version 2, lines of JSON::
+
+    {"vswap": "coordinator", "format": 2, "sha256": of all that follows}
+    number of the write that made the file
+    [key, body] of a document, one a line
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,124 +28,143 @@ from vswap.coordinator.documents import FORMAT_VERSION
 from vswap.coordinator.state import Key, State
 from vswap.wire.errors import StateInvalid
 
-APPLICATION_ID = 0x76737770
+FILE = "state.jsonl"
+"""What a state directory's file is called."""
+
+_OWNER = "coordinator"
 _WAY_OUT = "restore it from a copy, or move its directory away to begin a new cluster"
 _BEGUN = "begun"
-"""Lies beside the file once there is one: without it a new cluster may begin."""
+"""Lies beside the file once there is one, with the number of the last write: without it a new
+cluster may begin, and any state counts."""
 
 
 class Store:
-    """Open it with :meth:`open`; close it after the last write."""
+    """Open it with :meth:`open`."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._connection = connection
+        self._begun = path.with_name(_BEGUN)
+        self._writes = 0
+        self._lines: dict[str, str] = {}
+        """Of every document, by the JSON of its key."""
 
     @classmethod
     def open(cls, path: Path, new_cluster: str) -> Store:
         """Opens the file, or makes one for a cluster of that uuid.
 
-        Raises StateInvalid where the file is damaged, not ours, of another format version, or gone;
-        it is left as it was.
+        Raises StateInvalid where the file is damaged, not ours, of another format version, older
+        than what was written last, or gone; it is left as it was.
         """
-        begun = path.with_name(_BEGUN)
-        if begun.exists() and not (path.exists() and path.stat().st_size):
-            # Begun anew, it would be another cluster, that none of the nodes joins.
-            raise StateInvalid(f"{path} is missing or empty; {_WAY_OUT}", path=str(path))
-        try:
-            # Made by hand first: SQLite would make it readable for others.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            connection = sqlite3.connect(path, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise StateInvalid(f"cannot open {path}: {error}", path=str(path)) from error
-        store = cls(path, connection)
-        try:
-            store._check(new_cluster)
-            begun.touch(0o600)
-        except OSError as error:
-            connection.close()
-            raise StateInvalid(f"cannot write {begun}: {error}", path=str(begun)) from error
-        except sqlite3.Error as error:
-            connection.close()
-            raise StateInvalid(
-                f"{path} is damaged or no state of a coordinator ({error}); {_WAY_OUT}",
-                path=str(path),
-            ) from error
-        except StateInvalid:
-            connection.close()
-            raise
+        store = cls(path)
+        least = store._least()
+        if least is None and not path.exists():
+            store.write(
+                [(("cluster",), {"uuid": new_cluster}), (("generation",), {"generation": 1})]
+            )
+            return store
+        store._read()
+        if store._writes < (least or 0):
+            raise store._invalid(
+                f"is older than what was written last ({store._writes} writes, not {least}); put "
+                f"the newest copy in its place, or remove {store._begun} to go on from this one"
+            )
+        store._note()
         return store
 
     def load(self) -> State:
-        """Everything. Raises StateInvalid."""
-        try:
-            rows = self._connection.execute("SELECT key, body FROM documents ORDER BY rowid")
-            bodies = [(tuple(json.loads(key)), json.loads(body)) for key, body in rows]
-        except (sqlite3.Error, ValueError, TypeError) as error:
-            raise StateInvalid(
-                f"{self.path} cannot be read ({error}); {_WAY_OUT}", path=str(self.path)
-            ) from error
-        return documents.restore(bodies, str(self.path))
+        """Everything, read anew. Raises StateInvalid."""
+        self._read()
+        bodies = [json.loads(line) for line in self._lines.values()]
+        return documents.restore([(tuple(key), body) for key, body in bodies], str(self.path))
 
     def write(self, bodies: Iterable[tuple[Key, dict[str, Any] | None]]) -> None:
-        """Writes (None: deletes) documents in one transaction. Raises StateInvalid: not written."""
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                self._put(bodies)
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise StateInvalid(f"cannot write {self.path}: {error}", path=str(self.path)) from error
+        """Writes (None: deletes) documents, all or none of them.
 
-    def close(self) -> None:
-        self._connection.close()
-
-    # -------------------------------------------------------------- inside
-
-    def _put(self, bodies: Iterable[tuple[Key, dict[str, Any] | None]]) -> None:
+        Raises StateInvalid: then :meth:`load` tells what counts.
+        """
+        lines = dict(self._lines)
         for key, body in bodies:
             name = json.dumps(key)
             if body is None:
-                self._connection.execute("DELETE FROM documents WHERE key = ?", (name,))
+                lines.pop(name, None)
             else:
-                self._connection.execute(
-                    "INSERT INTO documents (key, body) VALUES (?, ?) "
-                    "ON CONFLICT (key) DO UPDATE SET body = excluded.body",
-                    (name, json.dumps(body)),
-                )
+                lines[name] = f"[{name}, {json.dumps(body)}]"
+        try:
+            self._replace("\n".join([str(self._writes + 1), *lines.values(), ""]).encode())
+        except OSError as error:
+            raise self._invalid(f"cannot be written ({error})") from error
+        self._lines, self._writes = lines, self._writes + 1
+        self._note()
 
-    def _check(self, new_cluster: str) -> None:
-        run = self._connection.execute
-        if not run("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            self._create(new_cluster)
-        if run("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise StateInvalid(
-                f"{self.path} is a database of something else; {_WAY_OUT}", path=str(self.path)
-            )
-        version = run("PRAGMA user_version").fetchone()[0]
+    # -------------------------------------------------------------- inside
+
+    def _read(self) -> None:
+        try:
+            first, _, rest = self.path.read_bytes().partition(b"\n")
+        except FileNotFoundError as error:
+            # Begun anew, it would be another cluster, that none of the nodes joins.
+            raise self._invalid(f"is missing; {_WAY_OUT}") from error
+        except OSError as error:
+            raise self._invalid(f"cannot be read ({error})") from error
+        try:
+            head = json.loads(first)
+            owner, version, expected = head["vswap"], head["format"], head["sha256"]
+        except (ValueError, TypeError, KeyError):
+            owner = version = expected = None
+        if owner != _OWNER:
+            raise self._invalid(f"is damaged or no state of a coordinator; {_WAY_OUT}")
         if version != FORMAT_VERSION:
-            raise StateInvalid(
-                f"{self.path} has format {version}, this coordinator reads {FORMAT_VERSION}; "
-                f"use the version of vswap that wrote it, or {_WAY_OUT}",
-                path=str(self.path),
+            raise self._invalid(
+                f"has format {version}, this coordinator reads {FORMAT_VERSION}; "
+                f"use the version of vswap that wrote it, or {_WAY_OUT}"
             )
-        verdict = run("PRAGMA integrity_check(1)").fetchone()[0]
-        if verdict != "ok":
-            what = verdict.splitlines()[-1]
-            raise StateInvalid(f"{self.path} is damaged ({what}); {_WAY_OUT}", path=str(self.path))
-        # Only now: it writes to the file, which might not have been ours.
-        run("PRAGMA journal_mode = WAL")
-        run("PRAGMA synchronous = FULL")
+        if hashlib.sha256(rest).hexdigest() != expected:
+            raise self._invalid(f"is damaged; {_WAY_OUT}")
+        writes, *lines = rest.decode().split("\n")[:-1]
+        self._writes = int(writes)
+        self._lines = {json.dumps(json.loads(line)[0]): line for line in lines}
 
-    def _create(self, new_cluster: str) -> None:
-        run = self._connection.execute
-        run("BEGIN IMMEDIATE")
-        run(f"PRAGMA application_id = {APPLICATION_ID}")
-        run(f"PRAGMA user_version = {FORMAT_VERSION}")
-        run("CREATE TABLE documents (key TEXT PRIMARY KEY NOT NULL, body TEXT NOT NULL)")
-        self._put([(("cluster",), {"uuid": new_cluster}), (("generation",), {"generation": 1})])
-        run("COMMIT")
+    def _replace(self, rest: bytes) -> None:
+        head = {
+            "vswap": _OWNER, "format": FORMAT_VERSION, "sha256": hashlib.sha256(rest).hexdigest()
+        }  # fmt: skip
+        new = self.path.with_name(f"{self.path.name}.new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with open(os.open(new, flags, 0o600), "wb") as file:
+            file.write(json.dumps(head).encode() + b"\n" + rest)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path)
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _least(self) -> int | None:
+        """How many writes the file must have seen at least; None where there need be no file."""
+        try:
+            # Empty where the host died as it was made.
+            return int(self._begun.read_text() or 0)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise self._invalid(
+                f"may be old: {self._begun} cannot be read ({error}); remove that if the state is "
+                "the newest"
+            ) from error
+
+    def _note(self) -> None:
+        """After the write, and not synced: behind the file it only asks for less."""
+        try:
+            fd = os.open(self._begun, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                # In place and of one length: what a kill leaves is the old number or the new one.
+                os.pwrite(fd, f"{self._writes:020}\n".encode(), 0)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise self._invalid(f"is written, but {self._begun} is not ({error})") from error
+
+    def _invalid(self, what: str) -> StateInvalid:
+        return StateInvalid(f"{self.path} {what}", path=str(self.path))

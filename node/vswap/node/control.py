@@ -116,9 +116,11 @@ class Control:
                     return
                 self.refused = error if _is_refusal(error) else None
                 self.attempted.set()
+                outlived = self._is_outlived(error)
+                if outlived or _is_buried(error):
+                    self._configuration = None
+                    self._shard.disown(outlived=outlived)
                 # An outage is told once, not at every attempt.
-                if _is_buried(error):
-                    self._shard.disown()
                 if self.refused is not None:
                     if error.message != told:
                         logger.error("the coordinator refuses this node", reason=error.message)
@@ -147,6 +149,12 @@ class Control:
             logger.error("the control link failed unexpectedly", exc_info=error)
             return InternalError(f"{type(error).__name__}: {error}")
         return Unreachable(f"{self._coordinator} ended the stream")
+
+    def _is_outlived(self, error: VswapError) -> bool:
+        """The coordinator knows a newer life of this shard: our state, or its, is a copy. Not where
+        it takes us for our own dead stream: that passes with the lease."""
+        known = error.fields.get("incarnation", 0)
+        return isinstance(error, StaleIncarnation) and known > self._shard.incarnation
 
     def _left(self) -> None:
         self._connected = False

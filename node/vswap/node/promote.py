@@ -28,6 +28,8 @@ HOT_LOADS = 3
 """Loads of a page from a slow tier that make it hot."""
 
 _QUEUE_BATCHES = 64
+_QUEUE_BYTES = 4 * 2**20
+"""Of records that wait: what is hot beyond that is loaded, and offered, again."""
 _MOST_FULL = 0.95
 
 
@@ -45,13 +47,16 @@ class Promoter:
         self._tiers = tiers
         self._codecs = codecs
         self._queue: asyncio.Queue[tuple[Space, Records, U64]] = asyncio.Queue(_QUEUE_BATCHES)
+        self.queued_bytes = 0
+        """Memory of records that wait for promotion, or are being promoted."""
         self.counters: Counter[str] = Counter()
 
     def offer(self, space: Space, slots: U64, words: U64, found: Found) -> None:
         """Called by the pager after a load from a tier that is not RAM. Cheap; may do nothing.
 
         What is queued keeps its segments pinned: a handle that was recycled meanwhile could make
-        an old entry look like the slot's present one.
+        an old entry look like the slot's present one. Records are copied: the load's buffer has
+        all the pages of its batch, cold ones too.
         """
         if self._queue.full() or space.deleted:
             return
@@ -63,8 +68,14 @@ class Promoter:
             return
         chosen = words[index[hot]]
         distinct, keep = np.unique(chosen, return_index=True)
+        records = found.records.take(first[hot][keep])
+        fits = np.cumsum(records.size) <= _QUEUE_BYTES - self.queued_bytes
+        if not fits.any():
+            return
+        records, distinct = records.take(fits).copy(), distinct[fits]
         self._handles.pins[np.unique(entry.handles(distinct))] += 1
-        self._queue.put_nowait((space, found.records.take(first[hot][keep]), distinct))
+        self.queued_bytes += records.blob.nbytes
+        self._queue.put_nowait((space, records, distinct))
 
     def _target(self, space: Space) -> Tier | None:
         for tier in self._tiers.ranked:
@@ -104,6 +115,7 @@ class Promoter:
             try:
                 await self._promote(space, records, words)
             finally:
+                self.queued_bytes -= records.blob.nbytes
                 self._reaper.unpin_many(np.unique(entry.handles(words)))
 
     async def _promote(self, space: Space, records: Records, words: U64) -> None:

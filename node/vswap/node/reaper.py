@@ -104,7 +104,7 @@ class Reaper:
         return all(done)
 
     async def _delete(self, tier: Tier, handles: list[int]) -> bool:
-        if not tier.opened:
+        if not tier.opened or tier.fenced:
             # Failing here would put off its opening, again and again.
             return False
         done = True

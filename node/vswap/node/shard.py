@@ -249,13 +249,17 @@ class Shard:
                 cluster=str(self.cluster),
             )
 
-    def disown(self) -> None:
+    def disown(self, *, outlived: bool = False) -> None:
         """The cluster has forgotten this shard, for ever: what it wrote on the cluster's tiers is
         being deleted, so nothing is written there any more, in later lives either. What is in its
-        own tiers stays."""
+        own tiers stays.
+
+        ``outlived``: or it knows a newer life of it. What is there may be that one's, so nothing is
+        deleted either, until the cluster takes this one for the newest.
+        """
         for tier in self.tiers:
             if not tier.local:
-                tier.state = TierState.DRAINED
+                tier.state, tier.fenced = TierState.DRAINED, outlived
         before = self._configured
         self._configured = [(spec, TierState.DRAINED) for spec, _ in before]
         if before != self._configured:
@@ -284,6 +288,8 @@ class Shard:
                     name=spec.name,
                 )
         self.generation = generation
+        for tier in self.tiers:
+            tier.fenced = False
         wanted = {spec.name: (spec, state) for spec, state in tiers}
         for tier in [tier for tier in self.tiers if not tier.local]:
             if tier.name in wanted and not _replaced(tier, wanted[tier.name][0]):

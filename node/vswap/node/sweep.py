@@ -22,7 +22,7 @@ class Sweeper:
 
     async def sweep(self, tier: Tier) -> int:
         """Deletes the shard's strays on a tier; returns how many. Raises what the backend says."""
-        if tier.ram is not None:
+        if tier.ram is not None or tier.fenced:
             return 0
         # A serial taken from here on is not a stray even if it shows up in the listing.
         next_serial = self._handles.next_serial()

@@ -63,6 +63,8 @@ class Tier:
         self.writing = 0
         """Segments being written right now."""
         self.opened = False
+        self.fenced = False
+        """What lies here may be of a newer life of this shard: nothing is deleted."""
         self.quarantined = 0
         self.missing: dict[int, int] = {}
         """Segments (handle -> word of the row) that the last listing of the backend lacked."""

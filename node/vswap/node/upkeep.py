@@ -249,6 +249,8 @@ class Upkeep:
             missing += self._lacks(tier, backend, place, before[turn], words[turn], listed)
             await asyncio.sleep(0)
         while strays := self._strays(listed):
+            if tier.fenced:
+                return missing
             for start in range(0, len(strays), _BATCH):
                 some = strays[start : start + _BATCH]
                 await member.delete([SegmentName(own.cluster, own.shard, s) for s in some])

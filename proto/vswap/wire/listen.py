@@ -95,11 +95,13 @@ class StateDirectory:
     """A process's own directory, mode 0700, locked while the process lives.
 
     The kernel drops the lock when the process dies, however it dies. A directory with other
-    people's files is refused, since a daemon removes what earlier lives left behind.
+    people's files is refused, since a daemon removes what earlier lives left behind; one that
+    holds nothing but the file called ``backup`` is taken.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, backup: str = "") -> None:
         self.path = path
+        self._backup = backup
         self._fd = -1
 
     def lock(self) -> None:
@@ -143,7 +145,8 @@ class StateDirectory:
         ):
             if directory.stat().st_uid not in owners:
                 raise StateInvalid(f"{directory} belongs to another user", path=str(self.path))
-        if not (self.path / "lock").exists() and any(self.path.iterdir()):
+        held = {file.name for file in self.path.iterdir()}
+        if "lock" not in held and held - {self._backup}:
             raise StateInvalid(
                 f"{self.path} holds files that are not vswap's: name an empty directory or one "
                 "that does not exist yet",

@@ -17,7 +17,7 @@ of the entry that points at it (offset and size in units of 16 bytes).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -181,6 +181,11 @@ class Records:
             self.meta[index],
             self.sums[index],
         )
+
+    def copy(self) -> Records:
+        """The same records in a blob of their own, as small as can be."""
+        blob = np.empty(int(self.size.sum()), np.uint8)
+        return replace(self, blob=blob, offset=self.copy_into(blob))
 
     def encoded(self) -> list[memoryview]:
         """The encoded pages, as views."""

@@ -1,4 +1,4 @@
-"""Sealed segments: records back to back, their directory, a trailer. Format version 1.
+"""Sealed segments: records back to back, their directory, a trailer. Format version 2.
 
 ::
 
