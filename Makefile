@@ -41,8 +41,8 @@ swap-test: $(STAMP) ## a real kernel swaps on vswap (root, Debian)
 upgrade-test: $(STAMP) ## a newer build takes over a node that a kernel swaps on (root, Debian)
 	deploy/live.sh tests/live/test_swap.py::test_a_newer_build_takes_over -s
 
-guest-test: $(STAMP) ## a guest kernel under QEMU swaps on vswap (root, Debian)
-	deploy/live.sh tests/live/test_guest.py
+guest-test: $(STAMP) ## guest kernels under QEMU swap on vswap, by a disk and by the nbd driver (root, Debian)
+	deploy/live.sh tests/live/test_guest.py tests/live/test_guest_driver.py
 
 nbd-conformance: $(STAMP) ## fio, nbdcopy, qemu-io and a file system on a space (root, Debian)
 	deploy/live.sh tests/live/test_nbd_conformance.py

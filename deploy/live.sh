@@ -24,6 +24,6 @@ command -v apt-get >/dev/null || fail "this is no Debian to install packages on"
 packages=(libnbd-bin fuse3 util-linux gcc libc6-dev procps)
 case "${FILES[*]}" in *conformance* | *bench*) packages+=(nbdkit fio qemu-utils e2fsprogs) ;; esac
 case "${FILES[*]}" in *partitions*) packages+=(iproute2 iptables) ;; esac
-case "${FILES[*]}" in *guest*) packages+=(qemu-system-x86 busybox-static cpio) ;; esac
+case "${FILES[*]}" in *guest*) packages+=(qemu-system-x86 busybox-static cpio kmod) ;; esac
 install "${packages[@]}" || fail "apt-get cannot install ${packages[*]}"
 exec .venv/bin/pytest -m live "${FILES[@]}"

@@ -4,9 +4,7 @@
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
-for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk; do
-    /bin/busybox insmod /modules/$module.ko
-done
+/bin/busybox modprobe -a virtio_pci virtio_blk
 /bin/busybox mkswap /dev/vda
 /bin/busybox swapon -d /dev/vda || echo "GUEST swapon failed"
 : >/stop

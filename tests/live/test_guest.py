@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nbd_node import MIB, NbdNode, run
+from guest import add_modules, boot, fetch_kernel, pack
+from nbd_node import MIB, NbdNode
 from swapping import build
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
 HERE = Path(__file__).parent
-MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci",
-           "virtio_blk")  # fmt: skip
 GUEST_MIB = 96
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with Debian's kernel for clouds, as ``boot/`` and ``lib/modules/``."""
-    assert platform.machine() == "x86_64", "the guest test knows x86-64 guests only"
-    where = tmp_path_factory.mktemp("kernel")
-    depends = run("apt-cache", "depends", "linux-image-cloud-amd64")
-    found = re.search(r"Depends: (linux-image-\S+)", depends)
-    assert found, depends
-    subprocess.run(["apt-get", "-qq", "download", found[1]], cwd=where, check=True)
-    [package] = where.glob("*.deb")
-    run("dpkg-deb", "-x", package, where)
-    return where
+    return fetch_kernel("linux-image-cloud-amd64", tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture(scope="module")
 def initramfs(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the guest runs: busybox, the drivers of its disk, the hog."""
+    """What the guest runs: the drivers of its disk, and the hog."""
     root = tmp_path_factory.mktemp("root")
-    for name in ("bin", "modules"):
-        (root / name).mkdir()
-    shutil.copy("/bin/busybox", root / "bin/busybox")
-    shutil.copy(HERE / "guest_init.sh", root / "init")
-    (root / "init").chmod(0o755)
-    for module in MODULES:
-        [path] = (kernel / "lib/modules").rglob(f"{module}.ko")
-        shutil.copy(path, root / "modules")
+    add_modules(kernel, root, "virtio_pci", "virtio_blk")
     build(root, "-static")
-    packed = root.parent / "initramfs"
-    names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
-    with open(packed, "wb") as file:
-        subprocess.run(
-            ["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), stdout=file, cwd=root,
-            check=True,
-        )  # fmt: skip
-    return packed
+    return pack(root, HERE / "guest_init.sh")
 
 
 @pytest.fixture
@@ -68,13 +41,10 @@ def node(tmp_path: Path) -> Iterator[NbdNode]:
 
 def test_a_guest_swaps_on_a_space(node: NbdNode, kernel: Path, initramfs: Path) -> None:
     assert os.geteuid() == 0
-    [image] = (kernel / "boot").glob("vmlinuz-*")
-    console = run(
-        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-m", f"{GUEST_MIB}M", "-nographic",
-        "-no-reboot", "-nodefaults", "-serial", "stdio", "-kernel", image, "-initrd", initramfs,
-        "-append", "console=ttyS0 quiet panic=-1", "-drive",
+    console = boot(
+        kernel, initramfs, "-drive",
         f"file=nbd+unix:///disk?socket={node.socket},if=virtio,format=raw,discard=unmap",
-        timeout_s=240,
+        mib=GUEST_MIB, timeout_s=240,
     )  # fmt: skip
     told = dict(re.findall(r"GUEST (\S+(?: exit)?) (\S+)", console))
     assert told.get("hog exit") == "0", console[-3000:]

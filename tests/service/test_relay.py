@@ -209,6 +209,21 @@ async def test_what_waits_for_too_long_fails_until_the_node_is_back(node: Daemon
     await asyncio.wait_for(relay, 5)
 
 
+def test_a_relay_whose_device_never_came_ends_by_itself(node: Daemon) -> None:
+    """As when `vswap attach` is killed before the kernel has the connection."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "vswap.cli.device.relay", where(node), "swap"]
+    with subprocess.Popen([*command, str(SLOTS * PAGE)], stdin=theirs.fileno()) as process:
+        theirs.close()
+        with ours:
+            ours.settimeout(30)
+            offer = export.take_greeting(ours)
+            assert offer.size_bytes == SLOTS * PAGE
+        assert process.wait(10) == 0
+    # HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES: what the kernel makes use of.
+    assert offer.flags & 0b1101101 == 0b1101101
+
+
 def test_what_cannot_be_opened(node: Daemon) -> None:
     with pytest.raises(UnknownSpace, match="no such export"):
         export.connect(where(node), "other")

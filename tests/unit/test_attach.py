@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -17,7 +18,7 @@ import typer
 
 from vswap.cli import options
 from vswap.cli.device import attach as module
-from vswap.cli.device import checks, commands, execute, machine, memory_group
+from vswap.cli.device import checks, commands, driver, execute, export, machine, memory_group
 from vswap.cli.device.attach import Wanted, attach, detach
 from vswap.cli.device.journal import Journal, Users
 from vswap.cli.device.wanted import device_bytes, what_to_attach
@@ -27,20 +28,35 @@ from vswap.wire.errors import InvalidRequest, Refused
 
 PAGE = 4096
 GIB = 2**30
-UNDONE = ["swapoff", "losetup -d", "umount", "rmdir", "group away"]
+DONE = {
+    False: ["group", "nbdfuse", "losetup", "mkswap", "swapon"],
+    True: ["group", "relay", "greeting", "connect", "mkswap", "swapon"],
+}
+"""By whether the kernel has the nbd driver."""
+UNDONE = {
+    False: ["swapoff", "losetup -d", "umount", "rmdir", "group away"],
+    True: ["swapoff", "disconnect", "relay ends", "group away"],
+}
 
 
 class Pretended:
-    """A machine on which one step fails."""
+    """A machine on which one step fails; with or without the kernel's nbd driver."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: str = "") -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: str = "", nbd: bool = False
+    ) -> None:
         self.events: list[str] = []
         self.fails = fails
         self.error: BaseException = Refused("injected")
-        self.state = {"group": False, "mounted": False, "loop": False, "swap": False}
+        states = ("group", "mounted", "loop", "relay", "connected", "swap")
+        self.state = dict.fromkeys(states, False)
         mounts = tmp_path / "mounts"
         monkeypatch.setattr(module, "_MOUNTS", mounts)
-        monkeypatch.setattr(module, "has_nbd_driver", lambda: False)
+        monkeypatch.setattr(driver, "usable", lambda: nbd)
+        monkeypatch.setattr(driver, "connect", self.connect)
+        monkeypatch.setattr(module, "_start", self.relay)
+        monkeypatch.setattr(module, "_spare", lambda *_: None)
+        monkeypatch.setattr(export, "take_greeting", self.greeting)
         monkeypatch.setattr(module, "_group_without_swap", self.group)
         monkeypatch.setattr(module, "_fuse", self.fuse)
         monkeypatch.setattr(machine, "need", lambda *_: None)
@@ -50,6 +66,8 @@ class Pretended:
             "loop": lambda step: self.undone("losetup -d", "loop"),
             "mount": lambda step: self.undone("umount", "mounted"),
             "directory": lambda step: self.rmdir(step["path"]),
+            "nbd": lambda step: self.undone("disconnect", "connected"),
+            "relay": lambda step: self.undone("relay ends", "relay"),
             "group": lambda step: self.undone("group away", "group"),
         }
         monkeypatch.setattr(module, "UNDO", self.undo)
@@ -80,6 +98,24 @@ class Pretended:
         journal.amend(step, pid=7)
         return mount / "nbd"
 
+    def relay(self, command: list[str], stdin: int, *_: object) -> SimpleNamespace:
+        assert command[1:] == [
+            "-m", "vswap.cli.device.relay", WANTED.nbd, WANTED.space, str(WANTED.size_bytes)
+        ]  # fmt: skip
+        assert socket.socket(fileno=os.dup(stdin)).family == socket.AF_UNIX
+        self.step("relay", "relay")
+        return SimpleNamespace(pid=7)
+
+    def greeting(self, connection: socket.socket) -> export.Offer:
+        self.step("greeting")
+        return export.Offer(WANTED.size_bytes, 0x2D)
+
+    def connect(self, connection: socket.socket, *, size_bytes: int, flags: int, owner: str) -> str:
+        assert (size_bytes, flags, owner) == (WANTED.size_bytes, 0x2D, "vswap swap@n1")
+        assert connection.getblocking()
+        self.step("connect", "connected")
+        return "/dev/nbd9"
+
     def rmdir(self, path: str) -> None:
         Path(path).rmdir()
         self.events.append("rmdir")
@@ -99,32 +135,62 @@ WANTED = Wanted(
 )  # fmt: skip
 
 
-def test_all_is_done_and_undone_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretended = Pretended(monkeypatch, tmp_path)
+@pytest.mark.parametrize("nbd", [False, True])
+def test_all_is_done_and_undone_in_order(
+    nbd: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretended = Pretended(monkeypatch, tmp_path, nbd=nbd)
     with Journal("swap@n1", tmp_path) as journal:
-        assert attach(WANTED, journal) == "/dev/loop9"
-    assert pretended.events == ["group", "nbdfuse", "losetup", "mkswap", "swapon"]
+        assert attach(WANTED, journal) == ("/dev/nbd9" if nbd else "/dev/loop9")
+    assert pretended.events == DONE[nbd]
     pretended.events.clear()
     with Journal("swap@n1", tmp_path) as journal:
         detach(journal)
-    assert pretended.events == UNDONE
+    assert pretended.events == UNDONE[nbd]
     assert pretended.clean
 
 
 @pytest.mark.parametrize("error", [Refused("injected"), KeyboardInterrupt(), OSError(5, "x")])
-@pytest.mark.parametrize("fails", ["group", "nbdfuse", "losetup", "mkswap", "swapon"])
+@pytest.mark.parametrize(("nbd", "fails"), [(nbd, name) for nbd in DONE for name in DONE[nbd]])
 def test_a_step_that_fails_undoes_those_before(
-    fails: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    nbd: bool, fails: str, error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pretended = Pretended(monkeypatch, tmp_path, fails)
+    pretended = Pretended(monkeypatch, tmp_path, fails, nbd)
     pretended.error = error
-    with Journal("swap@n1", tmp_path) as journal, pytest.raises(type(error)):
+    with Journal("swap@n1", tmp_path) as journal, pytest.raises((type(error), Refused)):
         attach(WANTED, journal)
-    undone = [event for event in pretended.events if event in UNDONE]
-    assert undone == [event for event in UNDONE if event in undone]
+    undone = [event for event in pretended.events if event in UNDONE[nbd]]
+    assert undone == [event for event in UNDONE[nbd] if event in undone]
     assert pretended.clean
     assert not list(tmp_path.glob("*.json"))
     assert not list((tmp_path / "mounts").glob("*"))
+
+
+def test_the_steps_to_a_device_of_the_driver_are_on_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each before it is done; the device under a name by which the kernel knows it."""
+    pretended = Pretended(monkeypatch, tmp_path, nbd=True)
+    found: list[list[str]] = []
+    step = pretended.step
+
+    def noted(name: str, state: str = "") -> None:
+        found.append([name, *(known["kind"] for known in journal.steps)])
+        step(name, state)
+
+    monkeypatch.setattr(pretended, "step", noted)
+    with Journal("swap@n1", tmp_path) as journal:
+        attach(WANTED, journal)
+        assert journal.find("relay") == {"kind": "relay", "pid": 7}
+        assert journal.find("nbd") == {"kind": "nbd", "owner": "vswap swap@n1"}
+    assert found == [
+        ["group", "group"],
+        ["relay", "group", "relay"],
+        ["greeting", "group", "relay"],
+        ["connect", "group", "relay", "nbd"],
+        ["mkswap", "group", "relay", "nbd", "swap"],
+        ["swapon", "group", "relay", "nbd", "swap"],
+    ]
 
 
 def test_what_cannot_be_undone_is_told_and_kept(

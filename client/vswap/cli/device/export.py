@@ -26,9 +26,23 @@ class Export:
     """Names the very space, by shard and number: another one of the same name has another."""
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a relay offers of an export."""
+
+    size_bytes: int
+    flags: int
+
+
 def greeting(size_bytes: int, flags: int) -> bytes:
     """All that a server says in the oldest negotiation, which asks the client nothing."""
     return _OLDSTYLE.pack(wire.NBDMAGIC, _OLDSTYLE_MAGIC, size_bytes, 0, flags)
+
+
+def take_greeting(connection: socket.socket) -> Offer:
+    """The other side of :func:`greeting`. Blocks. Raises OSError, or EOFError: nobody offers."""
+    _, _, size_bytes, _, flags = _OLDSTYLE.unpack(_take(connection, _OLDSTYLE.size))
+    return Offer(size_bytes, flags)
 
 
 def connect(address: str, name: str) -> tuple[socket.socket, Export]:

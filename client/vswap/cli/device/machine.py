@@ -22,9 +22,10 @@ _PACKAGES = {
     "losetup": "util-linux",
     "mkswap": "util-linux",
     "swapon": "util-linux",
-    "nbd-client": "nbd-client",
 }
 """Where Debian and Ubuntu have them."""
+_RELAY = "vswap.cli.device.relay"
+"""On the command line of all that we start and leave behind."""
 _COMMAND_S = 60.0
 _SWAPOFF_S = 3600.0
 """Everything that is on it must come back first."""
@@ -161,6 +162,6 @@ def _is_ours(pid: int) -> bool:
     """Whether the process lives and is the one we started: numbers are used again."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z" and "nbdfuse" in Path(f"/proc/{pid}/cmdline").read_text()
+        return state != "Z" and _RELAY in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return False

@@ -1,6 +1,7 @@
 """Between a block device and its node: a node that dies and comes back is a pause, not an error.
 
-``nbdfuse --command`` starts it, and speaks NBD over its standard input. It hands requests and
+Its standard input is a socket, on which it serves NBD: to ``nbdfuse --command``, or to `vswap
+attach`, which hands the socket to the kernel once it has heard the greeting. It hands requests and
 replies on, many at once; while the node is away it keeps the requests, and asks them again. Errors
 that the node answers, such as ENOSPC, are handed on at once and hold up nothing else. (nbdkit's
 filter for the purpose serves one request at a time, and repeats also these, for minutes.)
@@ -159,7 +160,7 @@ def _say(text: str) -> None:
 
 
 def main(address: str, space: str, size_bytes: str) -> int:
-    """Over standard input and output, which are one socket."""
+    """Over standard input, which is a socket."""
     for what, why in harden().items():
         _say(f"no {what}: {why}")
     device = socket.socket(fileno=0)
