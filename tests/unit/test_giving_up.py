@@ -389,6 +389,32 @@ async def test_segments_out_of_reach_hold_up_no_others(
     await site.shard.close()
 
 
+@pytest.mark.parametrize("redundancy", ["mirror:2", "rs:4+2"])
+async def test_lost_pages_of_a_redundant_tier_are_counted(tmp_path: Path, redundancy: str) -> None:
+    site = Site(tmp_path, redundancy)
+    await site.open()
+    await site.store(4)
+    space = site.shard.spaces.get("s")
+    for place in range(site.spare):
+        await site.servers[site.urls[place]].wipe()
+    assert len(await site.readable()) == site.pages
+    await site.until(lambda: len(site.shard.upkeep.degraded(site.tier)) == 4)
+    assert site.shard.usage()[0].lost_pages == 0
+    await site.servers[site.urls[-1]].wipe()
+    # One load meets it; a listing tells the rest.
+    with pytest.raises(PageLost):
+        await site.shard.pager.load(space, slots(*range(PART)))
+    assert site.shard.usage()[0].lost_pages >= PART
+    await site.until(lambda: site.shard.usage()[0].lost_pages == site.pages)
+    await site.shard.pager.free(space, slots(*range(site.pages - 3)))
+    assert site.shard.usage()[0].lost_pages == 3
+    site.start(lost=True)
+    await site.drained()
+    assert site.progress.pages_lost == 3
+    assert site.shard.usage()[0].lost_pages == 3
+    await site.shard.close()
+
+
 async def test_what_finds_no_room_is_not_given_up_with_what_is_lost(
     tmp_path: Path, soon: None
 ) -> None:
