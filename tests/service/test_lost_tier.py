@@ -107,6 +107,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         made.stop()
 
 
+@pytest.mark.timeout(300)
 def test_a_dead_server_is_given_up_on_request(cluster: Cluster) -> None:
     held = cluster.usage("red").pages
     cluster.redis.stop()

@@ -123,6 +123,35 @@ async def test_a_bad_transfer_is_not_a_bad_copy(tmp_path: Path) -> None:
         assert (await outcomes(shard, far, FAR[:200]))["right"] > 140
 
 
+async def test_a_short_read_is_not_a_lost_page(tmp_path: Path) -> None:
+    seams = Liar()
+    async with open_shard(tmp_path / "s", ram(), objects(tmp_path / "o"), seams=seams) as shard:
+        _, far = await fill(shard)
+        seams.plan("short=0.5,seed=1")
+        # One in eight comes short three times in a row; every other one without another try.
+        assert (await outcomes(shard, far, FAR[:200]))["right"] > 140
+        # A tier that does not answer is not asked again: that would be two more timeouts.
+        seams.plan("error=1")
+        with pytest.raises(TierUnavailable):
+            await shard.pager.load(far, FAR[:1])
+        assert seams.injected == 1
+
+
+async def test_a_range_that_is_not_there_fails_for_its_own_pages_alone(tmp_path: Path) -> None:
+    """Of a torn segment, what is left of it is read, in one load with what is not."""
+    async with open_shard(tmp_path / "s", objects(tmp_path / "o")) as shard:
+        space = shard.spaces.create("far")
+        await shard.pager.store(space, FAR[:100], pages(FAR[:100], 1))
+        [path] = [p for p in (tmp_path / "o").rglob("*") if p.is_file()]
+        path.write_bytes(path.read_bytes()[:100_000])
+        with pytest.raises(PageLost) as lost:
+            await shard.pager.load(space, FAR[:100])
+        gone = set(lost.value.fields["slots"])
+        assert 0 < len(gone) < 100
+        left = np.array(sorted(set(FAR[:100].tolist()) - gone), np.uint64)
+        assert (await shard.pager.load(space, left) == pages(left, 1)).all()
+
+
 async def test_exchanged_answers_are_found_and_read_again(tmp_path: Path) -> None:
     seams = Liar()
     async with open_shard(tmp_path / "s", ram(), objects(tmp_path / "o"), seams=seams) as shard:

@@ -52,11 +52,15 @@ class ContentsReader:
         self._ledger = ledger
         self._reader = reader
 
-    async def read(self, tier: Tier, handle: int) -> Contents:
-        """Raises PageLost where the backend has nothing of the segment; TierUnavailable."""
+    async def read(self, tier: Tier, handle: int, *, thorough: bool = False) -> Contents:
+        """Raises PageLost where the backend has nothing of the segment; TierUnavailable.
+
+        ``thorough``: reads record by record what is not available as a whole. That is slow.
+        """
         if tier.ram is not None:
             return await self._in_ram(tier, tier.ram, handle)
         outages = tier.redundant.outages if tier.redundant is not None else 0
+        away: TierUnavailable | None = None
         try:
             for _ in range(READS):
                 data = await self._reader.segment(tier, handle)
@@ -67,10 +71,16 @@ class ContentsReader:
         except PageLost:
             if not await self._reader.exists(tier, handle):
                 raise
-        good, bad, missing = await self._by_the_tables(tier, handle)
-        if tier.redundant is not None and (tier.redundant.down or tier.redundant.outages > outages):
+        except TierUnavailable as error:
+            # Where no server was asked, none would be for its records.
+            if not thorough or not tier.opened or "retry_after_s" in error.fields:
+                raise
+            away = error
+        good, bad, missing = await self._by_the_tables(tier, handle, away)
+        backend = tier.redundant
+        if away or (backend is not None and (backend.down or backend.outages > outages)):
             left = missing + self._live(tier, handle, bad)
-            return Contents(*good, doubtful=_doubt(tier, left) if left else None)
+            return Contents(*good, doubtful=(away or _doubt(tier, left)) if left else None)
         self._set_aside(tier, handle, *bad)
         return Contents(*good, missing=missing)
 
@@ -92,9 +102,13 @@ class ContentsReader:
             records, loc = records.take(ok), loc[ok]
         return Contents(records, loc)
 
-    async def _by_the_tables(self, tier: Tier, handle: int) -> tuple[_Found, _Found, int]:
+    async def _by_the_tables(
+        self, tier: Tier, handle: int, known: TierUnavailable | None
+    ) -> tuple[_Found, _Found, int]:
         """What the tables say lies in a segment, read record by record: what is right, what came
-        and is not, and how many did not come. Looks at every table, so it is slow."""
+        and is not, and how many did not come. Looks at every table, so it is slow.
+
+        Raises TierUnavailable, unless that much is ``known``: then it takes what comes."""
         good, bad, missing = [_NOTHING], [_NOTHING], 0
         async for space, slots, words in pages_in(tier, [handle], self._ledger):
             left = np.arange(len(slots))
@@ -103,7 +117,7 @@ class ContentsReader:
                     tier, space, slots[left], words[left], left, apart=reads > 0
                 )
                 away = [e for _, e in found.failed if not isinstance(e, PageLost | PageCorrupt)]
-                if away:
+                if away and known is None:
                     raise away[0]
                 ok = await self._valid(found.records)
                 good.append((found.records.take(ok), entry.lows(words[found.index[ok]])))
@@ -111,8 +125,11 @@ class ContentsReader:
                 if not len(left):
                     break
             else:
-                healed, left = await self._elsewhere(tier, space, slots, words, left)
+                # Servers that are away are not asked again, record by record.
+                some = left if known is None else np.intersect1d(left, found.index)
+                healed, still = await self._elsewhere(tier, space, slots, words, some)
                 good.append(healed)
+                left = np.union1d(np.setdiff1d(left, some), still)
                 wrong = np.isin(found.index, left) & ~ok
                 bad.append((found.records.take(wrong), entry.lows(words[found.index[wrong]])))
                 missing += len(left) - int(wrong.sum())

@@ -26,14 +26,16 @@ from vswap.node.sweep import Sweeper
 from vswap.node.tier import Tier
 from vswap.node.tiers import Tiers
 from vswap.node.upkeep import Upkeep
+from vswap.tiers.backend import Backend, prefix
 from vswap.tiers.record import I64
 from vswap.tiers.victims import below
-from vswap.wire.errors import OutOfTiers, TierUnavailable, UnknownTier, VswapError
+from vswap.wire.errors import OutOfTiers, PageLost, TierUnavailable, UnknownTier, VswapError
 
 _RETRY_S = 0.5
 _ROUND_SEGMENTS = 48
-_SILENT_ROUNDS = 4
-"""A tier that is being given up has so many chances to answer."""
+_SILENT_S = 30.0
+_SILENT_TIMEOUTS = 6
+"""A tier that is being given up is silent for so long, and for so many of its timeouts."""
 
 
 logger = structlog.get_logger("vswap.node.directives")
@@ -73,8 +75,10 @@ class Progress:
     reason: str = ""
     moved: Moved = field(default_factory=Moved)
     pages_lost: int = 0
-    silent: int = 0
-    """How often in a row the tier did not answer."""
+    silent_since: float | None = None
+    """Since when a tier that is being given up has given nothing of what it holds."""
+    late: set[int] = field(default_factory=set)
+    """Segments, by serial, that could not be read: others come first."""
     pages_left: int = 0
     bytes_left: int = 0
 
@@ -124,7 +128,7 @@ class Directives:
         if old is not None:
             old.cancel()
         progress = self._progress.setdefault(directive.job_id, Progress(directive.job_id))
-        progress.state, progress.reason = "running", ""
+        progress.state, progress.reason, progress.silent_since = "running", "", None
         self._directives[directive.job_id] = directive
         task = asyncio.create_task(self._run(directive, progress))
         task.add_done_callback(lambda ended: self._ended(ended, progress))
@@ -198,11 +202,13 @@ class Directives:
         faster = [t for t in reversed(others) if t.spec.rank < tier.spec.rank]
         # The others' reserve stays theirs: without it they could not be compacted afterwards.
         choose = self._choosers.first_fit(lambda: slower + faster)
+        last = directive.lost and await self._silent_for_long(tier, progress)
         await self._move(
-            tier, self._evacuator.movable(tier), choose, slower + faster, progress, pacer
-        )
+            tier, self._evacuator.movable(tier), choose, slower + faster, progress, pacer,
+            thorough=last,
+        )  # fmt: skip
         if directive.lost:
-            await self._give_up(tier, progress)
+            await self._give_up(tier, progress, last=last)
         if tier.segments:
             if progress.moved.error is None and progress.moved.stayed:
                 raise OutOfTiers(
@@ -229,20 +235,50 @@ class Directives:
                 "segments", tier=tier.name,
             )  # fmt: skip
 
-    async def _give_up(self, tier: Tier, progress: Progress) -> None:
-        """Gives up what a round of a drain could not read: segments that the tier does not have;
-        and all of them, once it has not answered for several rounds."""
+    async def _silent_for_long(self, tier: Tier, progress: Progress) -> bool:
+        """Whether this round of a drain is the last for what the tier does not give. It is not
+        while a server that was left out answers: that one is on its way back."""
+        bound_s = max(_SILENT_S, _SILENT_TIMEOUTS * tier.spec.timeout_s)
+        if progress.silent_since is None or self._clock() - progress.silent_since < bound_s:
+            return False
+        members = tier.redundant.members if tier.redundant is not None else []
+        for member in members:
+            if not member.up and await _answers(tier, member.backend):
+                progress.silent_since = None
+                return False
+        return True
+
+    async def _give_up(self, tier: Tier, progress: Progress, *, last: bool) -> None:
+        """Gives up what a round of a drain tried to read in vain: segments that the tier does not
+        have; after its ``last`` round those that it does not answer for; all if it is gone."""
         moved = progress.moved
-        progress.silent = progress.silent + 1 if moved.source_error is not None else 0
-        gone = progress.silent >= _SILENT_ROUNDS
-        segments = set(tier.segments) if gone else moved.unreadable & tier.segments.keys()
-        if segments:
-            lost = await give_up(tier, segments, self._ledger)
-            progress.pages_lost += lost
-            logger.error("gave up pages", tier=tier.name, pages=lost, answers=not gone)
-        if gone:
+        gone = False
+        lost = {s for s, error in moved.unreadable.items() if isinstance(error, PageLost)}
+        if moved.answered or not tier.segments:
+            progress.silent_since = None
+        elif progress.silent_since is None:
+            progress.silent_since = self._clock()
+        elif last:
+            if tier.redundant is None:
+                gone = not await _answers(tier, tier.backend)
+            else:
+                gone = not tier.opened
+            if tier.opened:
+                lost |= _asked_for(moved)
+        # No other evacuation has them in hand; pinned, their handles stay theirs.
+        movable = self._evacuator.movable(tier)
+        handles = [h for h in movable if gone or self._handles.serial(h) in lost]
+        if handles:
+            pinned = np.array(handles, np.int64)
+            self._handles.pins[pinned] += 1
+            try:
+                pages = await give_up(tier, handles, self._ledger)
+            finally:
+                self._reaper.unpin_many(pinned)
+            progress.pages_lost += pages
+            logger.error("gave up pages", tier=tier.name, pages=pages, answers=not gone)
+        if last and not moved.answered:
             self._reaper.abandon(tier)
-            moved.error = None
 
     async def _migrate(
         self, directive: Directive, tier: Tier, progress: Progress, pacer: Pacer
@@ -318,19 +354,25 @@ class Directives:
 
     async def _move(
         self, tier: Tier, segments: list[int], choose: Chooser, targets: list[Tier],
-        progress: Progress, pacer: Pacer, until: Callable[[], bool] | None = None,
+        progress: Progress, pacer: Pacer, until: Callable[[], bool] | None = None, *,
+        thorough: bool = False,
     ) -> None:  # fmt: skip
-        progress.moved.stayed = 0
-        progress.moved.error = progress.moved.source_error = None
-        progress.moved.unreadable.clear()
+        moved = progress.moved
+        progress.late |= _asked_for(moved)
+        if progress.late:
+            segments = sorted(segments, key=lambda h: self._handles.serial(h) in progress.late)
+        moved.stayed = 0
+        moved.stopped = moved.hindered = None
+        moved.answered = False
+        moved.unreadable.clear()
         for start in range(0, len(segments), _ROUND_SEGMENTS):
             part = segments[start : start + _ROUND_SEGMENTS]
             need = int(self._handles.live_bytes[part].sum())
             await self._ready(targets, need, compacting=targets == [tier])
             await self._evacuator.evacuate(
-                tier, part, choose, pacer=pacer, moved=progress.moved, until=until
+                tier, part, choose, pacer=pacer, moved=moved, until=until, thorough=thorough
             )
-            if progress.moved.error is not None or (until is not None and until()):
+            if moved.stopped is not None or (until is not None and until()):
                 return
 
     async def _ready(self, targets: list[Tier], need_bytes: int, *, compacting: bool) -> None:
@@ -384,3 +426,19 @@ class Directives:
         if directive.kind is MoveKind.MIGRATE and directive.byte_budget:
             left = max(directive.byte_budget - progress.moved.bytes, 0)
             progress.bytes_left = min(progress.bytes_left, left)
+
+
+def _asked_for(moved: Moved) -> set[int]:
+    """What could not be read, but for what a breaker held back: of that nothing is known."""
+    return {s for s, error in moved.unreadable.items() if "retry_after_s" not in error.fields}
+
+
+async def _answers(tier: Tier, backend: Backend) -> bool:
+    """Whether a server lists what the shard has there. No breaker spares it that question."""
+    name = tier.segment_name(0)
+    try:
+        async for _ in backend.list(prefix(name.cluster, name.shard)):
+            pass
+    except VswapError:
+        return False
+    return True

@@ -61,13 +61,20 @@ class Moved:
     bytes: int = 0
     logical_bytes: int = 0
     segments: int = 0
-    error: VswapError | None = None
     stayed: int = 0
     """Records that found no destination."""
-    source_error: VswapError | None = None
-    """Why the source did not answer."""
-    unreadable: set[int] = field(default_factory=set)
-    """Segments that the source does not have, or nothing of which can be read."""
+    stopped: VswapError | None = None
+    """Why it ended early: a destination failed, or the source is away."""
+    hindered: VswapError | None = None
+    """Why some of the source could not be read. The rest moved."""
+    answered: bool = False
+    """The source gave something."""
+    unreadable: dict[int, VswapError] = field(default_factory=dict)
+    """Segments, by serial, nothing of which could be read, and why."""
+
+    @property
+    def error(self) -> VswapError | None:
+        return self.stopped or self.hindered
 
 
 @dataclass(slots=True)
@@ -87,8 +94,7 @@ class _Run:
     moved: Moved
     staged: defaultdict[int, list[_Piece]] = field(default_factory=lambda: defaultdict(list))
     staged_bytes: Counter[int] = field(default_factory=Counter)
-    unreadable: VswapError | None = None
-    """Why a segment could not be read at all."""
+    thorough: bool = False
     writes: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -141,19 +147,21 @@ class Evacuator:
         pacer: Pacer | None = None,
         moved: Moved | None = None,
         until: Callable[[], bool] | None = None,
+        thorough: bool = False,
     ) -> Moved:
         """Evacuates segments of one tier, in this order, until all are done or ``until`` is true.
 
-        Never raises for what a backend does: see :attr:`Moved.error`. Pass ``moved`` to watch the
-        progress. Cancelling it is safe at any await.
+        Never raises for what a backend does: see :attr:`Moved.error`. ``thorough``: every segment
+        is tried whatever the source answers, and record by record where it does not come as a
+        whole. Pass ``moved`` to watch the progress. Cancelling it is safe at any await.
         """
         pace = pacer or Unpaced()
-        run = _Run(tier, moved if moved is not None else Moved())
-        run.moved.error = None
+        run = _Run(tier, moved if moved is not None else Moved(), thorough=thorough)
+        run.moved.stopped = None
         queue = [h for h in segments if h not in self._busy]
         try:
             for start in range(0, len(queue), _READS):
-                if run.moved.error is not None or (until is not None and until()):
+                if run.moved.stopped is not None or (until is not None and until()):
                     break
                 batch = [
                     handle
@@ -182,8 +190,6 @@ class Evacuator:
             await asyncio.gather(*run.writes, return_exceptions=True)
             for tag, pieces in run.staged.items():
                 self._release(tag, pieces)
-        if run.moved.error is None:
-            run.moved.error = run.unreadable
         return run.moved
 
     # ---------------------------------------------------------------- steps 1 to 4
@@ -191,31 +197,30 @@ class Evacuator:
     async def _segment(self, run: _Run, tier: Tier, handle: int, choose: Chooser) -> None:
         if not self._handles.live_records[handle]:
             return
+        serial = self._handles.serial(handle)
         try:
-            contents = await self._contents.read(tier, handle)
-        except PageLost as error:
-            # It keeps a drain open, but must not hold up its neighbours.
-            run.unreadable = error
-            run.moved.unreadable.add(handle)
-            return
+            contents = await self._contents.read(tier, handle, thorough=run.thorough)
         except VswapError as error:
-            run.moved.error = run.moved.source_error = error
+            run.moved.unreadable[serial] = run.moved.hindered = error
+            if not (run.thorough or isinstance(error, PageLost) or _serves_others(tier)):
+                run.moved.stopped = error
             return
         records, loc = contents.records, contents.loc
         words = entry.tier_words(tier.tag, handle, loc)
         if contents.doubtful or contents.missing:
             # It keeps a drain open. What is right of it moves first.
-            run.unreadable = contents.doubtful or PageLost(
+            why = run.moved.hindered = contents.doubtful or PageLost(
                 f"{contents.missing} records of segment {tier.segment_name(handle).key} are missing"
             )
             if not self._ledger.live(records, tier.tag, handle, loc).any():
-                run.moved.unreadable.add(handle)
+                run.moved.unreadable[serial] = why
                 return
+        run.moved.answered = True
         for start in range(0, len(records), CHOOSE_RECORDS):
             turn = slice(start, start + CHOOSE_RECORDS)
             await self._turn(run, tier, handle, records.take(turn), words[turn], choose)
             await asyncio.sleep(0)
-            if run.moved.error is not None:
+            if run.moved.stopped is not None:
                 return
         run.moved.segments += 1
 
@@ -250,7 +255,7 @@ class Evacuator:
             ready = await self._codecs.transcode(records, target.codec)
             placed = self._tiers.ram_log(target).place(ready, MOVED)
         except VswapError as error:
-            run.moved.error = error
+            run.moved.stopped = error
             return
         self._finish(run, target, ready, words, placed.words)
         self._tiers.settle(target, placed)
@@ -328,7 +333,7 @@ class Evacuator:
             finally:
                 self._tiers.settle(target, placed)
         except VswapError as error:
-            run.moved.error = error
+            run.moved.stopped = error
 
     def _finish(self, run: _Run, target: Tier, records: Records, old: U64, new: U64) -> None:
         moved = self._ledger.flip_where(records, old, new)
@@ -338,3 +343,9 @@ class Evacuator:
         run.moved.logical_bytes += int(meta_page_bytes(done.meta).sum())
         self.counters["evacuated_pages"] += len(done)
         self.counters[f"moved_to_{target.name}_pages"] += len(done)
+
+
+def _serves_others(tier: Tier) -> bool:
+    """Whether a segment that cannot be read now says nothing of the tier's others: too many of its
+    servers are away, and enough for others are up."""
+    return tier.redundant is not None and tier.redundant.usable

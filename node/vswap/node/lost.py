@@ -17,7 +17,7 @@ from vswap.node.handles import SEALED, Handles
 from vswap.node.ledger import Ledger
 from vswap.node.spaces import Space
 from vswap.node.tier import Tier
-from vswap.tiers.record import U64
+from vswap.tiers.record import I64, U64
 
 
 async def give_up(tier: Tier, segments: Iterable[int], ledger: Ledger) -> int:
@@ -68,6 +68,23 @@ def sealed(tier: Tier, handles: Handles) -> dict[int, int]:
 
 
 def lost_pages(tier: Tier, handles: Handles, ledger: Ledger) -> int:
-    """Pages of a tier whose loads fail for good: given up, or in segments that it does not have."""
-    missing = [h for h, word in tier.missing.items() if int(handles.rows["word"][h]) == word]
-    return int(ledger.lost_by_tag[tier.tag]) + int(handles.live_records[missing].sum())
+    """Pages of a tier whose loads fail for good: given up, or in segments that it does not have.
+
+    Of a redundant tier: of which too few servers have a good part. If bytes are bad in different
+    places of several parts, some of these pages can be read still, until a repair tells.
+    """
+    missing = {h for h, word in tier.missing.items() if int(handles.rows["word"][h]) == word}
+    missing.update(_too_few_parts(tier, handles))
+    return int(ledger.lost_by_tag[tier.tag]) + int(handles.live_records[list(missing)].sum())
+
+
+def _too_few_parts(tier: Tier, handles: Handles) -> list[int]:
+    """Segments of a redundant tier of which more servers lack their part than are to spare."""
+    backend = tier.redundant
+    if backend is None:
+        return []
+    own = np.fromiter(tier.segments, np.int64, len(tier.segments))
+    servers = np.uint16((1 << len(backend.members)) - 1)
+    lacking: I64 = np.bitwise_count(handles.rows["lacking"][own] & servers).astype(np.int64)
+    found: list[int] = own[lacking > len(backend.members) - backend.need].tolist()
+    return found

@@ -611,11 +611,13 @@ class Pager:
     ) -> None:
         """Verifies, decodes and scatters the records of one tier; raises if one is no good.
 
-        A record that fails its check is read again, since a bad transfer is not a bad copy; and
-        then from wherever else its tier has it.
+        A record that fails its check, or does not come whole, is read again, since a bad transfer
+        is not a bad copy; and then from wherever else its tier has it. A tier that does not answer
+        is not asked again.
         """
-        if found.failed:
-            error = found.failed[0][1]
+        away = [error for _, error in found.failed if not isinstance(error, PageLost)]
+        if away or (found.failed and reads == READS - 1):
+            error = away[0] if away else found.failed[0][1]
             kind = type(error)
             # What else it lacks, a listing tells.
             found.tier.suspect = True
@@ -626,18 +628,20 @@ class Pager:
                 **{**error.fields, "space": space.name, "slots": bad, "tier": found.tier.name},
             )
         ok, pages = await self._codecs.decode(found.records, space.page_bytes)
-        if ok.all():
+        if ok.all() and not found.failed:
             out[found.index] = np.frombuffer(b"".join(pages), np.uint8).reshape(-1, out.shape[1])
             if self.on_hot is not None and found.tier.ram is None:
                 self.on_hot(space, slots, words, found)
             return
         for i in np.flatnonzero(ok).tolist():
             out[found.index[i]] = np.frombuffer(pages[i], np.uint8)
-        bad_index = found.index[~ok]
+        bad_index = np.concatenate([found.index[~ok], *(index for index, _ in found.failed)])
         if found.tier.ram is None and reads < READS - 1:
+            # One by one: a range that does not come must not fail for what else is in it.
             again = await self._reader.in_backend(
-                found.tier, space, slots[bad_index], words[bad_index], bad_index
-            )
+                found.tier, space, slots[bad_index], words[bad_index], bad_index,
+                apart=bool(found.failed),
+            )  # fmt: skip
             await self._deliver(space, slots, words, again, out, reads + 1)
             return
         if found.tier.ram is None and reads == READS - 1:

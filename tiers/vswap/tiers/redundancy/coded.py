@@ -247,6 +247,8 @@ class Coded(Redundant):
                     piece.missed |= 1 << place
 
     def _lost(self, piece: _Piece) -> VswapError:
+        if piece.missed:
+            self.on_damage(piece.name, piece.missed)
         if piece.missed.bit_count() > self.m:
             return PageLost(f"{piece.name.key}: {piece.missed.bit_count()} fragments are missing")
         return TierUnavailable(f"{piece.name.key}: {self._too_few(len(piece.have))}")

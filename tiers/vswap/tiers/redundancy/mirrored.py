@@ -44,7 +44,10 @@ class Mirrored(Redundant):
                 place = next((place for place in order if not tried[i] >> place & 1), None)
                 if place is not None:
                     by_place.setdefault(place, []).append(i)
-                elif missed[i].bit_count() < count:
+                    continue
+                if missed[i]:
+                    self.on_damage(reads[i].name, missed[i])
+                if missed[i].bit_count() < count:
                     results[i] = TierUnavailable(f"{reads[i].name.key}: {self._too_few(0)}")
             answers = await self._get_parts(
                 {place: [reads[i] for i in some] for place, some in by_place.items()}
