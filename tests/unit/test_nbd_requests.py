@@ -23,8 +23,10 @@ class Exports:
         return Offer(name, SIZE, 4096) if name == "swap" else None
 
 
-def make() -> Parser:
-    return Parser(size_bytes=SIZE, page_bytes=4096, has_contexts=True)
+def make(*, size_bytes: int = SIZE, structured: bool = True) -> Parser:
+    return Parser(
+        size_bytes=size_bytes, page_bytes=4096, structured=structured, has_contexts=structured
+    )
 
 
 def request(
@@ -84,7 +86,7 @@ def test_nonsense_is_refused_and_the_next_request_is_found(bad: bytes, error: in
 
 
 def test_too_long_requests() -> None:
-    parser = Parser(size_bytes=1 << 40, page_bytes=4096, has_contexts=False)
+    parser = make(size_bytes=1 << 40)
     feed(parser, request(nbd.READ, 0, (32 << 20) + 1))
     feed(parser, request(nbd.READ, 0, (32 << 20) + 1, flags=nbd.DF))
     assert [e[1] for e in parser.errors] == [errno.EINVAL, errno.EOVERFLOW]
@@ -97,6 +99,14 @@ def test_too_long_requests() -> None:
     feed(parser, request(nbd.READ, 0, 1))
     assert len(parser.reads) == 1
     assert not parser.pieces
+
+
+@pytest.mark.parametrize("length", [512, 4096, (32 << 20) + 1])
+def test_replies_that_are_not_structured_cannot_be_asked_for_in_one_piece(length: int) -> None:
+    parser = make(size_bytes=1 << 40, structured=False)
+    feed(parser, request(nbd.READ, 0, length, flags=nbd.DF))
+    assert [e[1] for e in parser.errors] == [errno.EINVAL]
+    assert not parser.reads
 
 
 def test_a_write_arrives_in_pieces_cut_at_pages() -> None:

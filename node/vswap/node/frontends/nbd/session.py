@@ -74,7 +74,7 @@ class Session:
         self._shift = offer.page_bytes.bit_length() - 1
         self._parser = Parser(
             size_bytes=offer.size_bytes, page_bytes=offer.page_bytes,
-            has_contexts=bool(self._contexts),
+            structured=replies.structured, has_contexts=bool(self._contexts),
         )  # fmt: skip
         self._writes = Writes(device, self._answers, link.spawn, offer.page_bytes)
         self._intake = Intake(
