@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from nbd_client import TRIM, Nbd
 from processes import Daemon
 
 from vswap.client import Client
@@ -23,9 +24,13 @@ def run(*command: str | Path, timeout_s: float = 120) -> str:
 
 
 class NbdNode:
-    """Three tiers, so small that pages spill from each to the next; the space is "disk"."""
+    """Three tiers, so small that pages spill from each to the next; the space is "disk".
 
-    def __init__(self, root: Path, size_bytes: int) -> None:
+    ``fastest`` is "ram", whose pages are stored as they are and received where they will lie, or
+    "zram".
+    """
+
+    def __init__(self, root: Path, size_bytes: int, *, fastest: str = "ram") -> None:
         self.socket = Path(f"/dev/shm/vswap-nbd-{os.getpid()}.sock")
         config = root / "node.toml"
         config.write_text(
@@ -37,12 +42,13 @@ name = "ram"
 url = "ram://"
 codec = "none"
 capacity_bytes = {8 * MIB}
+rank = {10 * (fastest != "ram")}
 [[tiers]]
 name = "zram"
 url = "ram://"
 codec = "zstd:1"
 capacity_bytes = {8 * MIB}
-rank = 10
+rank = {10 * (fastest == "ram")}
 [[tiers]]
 name = "disk"
 url = "file://{root}/disk"
@@ -58,6 +64,10 @@ max_slots = {size_bytes // 4096}
         self.client = Client(self.daemon.address)
         self.unix = f"nbd+unix:///disk?socket={self.socket}"
         self.tcp = f"nbd://{self.client.status().nbd[1]}/disk"
+        with Nbd(f"unix:{self.socket}") as disk:
+            disk.go("disk").write(0, b"not a fill page" + bytes(4081))
+            assert self.tiers() == {"ram": 0, "zram": 0, "disk": 0} | {fastest: 1}
+            disk.do(TRIM, 0, 4096)
 
     def close(self) -> None:
         """Stops it; it must end well."""

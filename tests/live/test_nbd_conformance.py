@@ -29,8 +29,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[NbdNode]:
-    made = NbdNode(tmp_path, SIZE)
+def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NbdNode]:
+    made = NbdNode(tmp_path, SIZE, fastest=getattr(request, "param", "ram"))
     yield made
     made.close()
 
@@ -46,7 +46,7 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("where", ["unix", "tcp"])
+@pytest.mark.parametrize(("node", "where"), [("ram", "unix"), ("zram", "tcp")], indirect=["node"])
 def test_fio_finds_what_it_wrote(node: NbdNode, where: str) -> None:
     """Compressible and not, and every byte of it checked with its checksum."""
     for name, job in JOBS.items():

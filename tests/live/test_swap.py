@@ -35,7 +35,7 @@ from vswap.cli.device.memory_group import MemoryGroup, may_be_swapped
 from vswap.cli.embedded import EmbeddedRedis, free_port
 from vswap.client import Client
 from vswap.client.operator import Operator
-from vswap.v1 import common_pb2
+from vswap.v1 import common_pb2, coordinator_pb2
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 
@@ -113,6 +113,17 @@ class Cluster:
 
     def tier_pages(self) -> dict[str, int]:
         return {usage.tier: usage.pages for usage in self.client.status().tiers}
+
+    def stored_bytes(self, tier: str) -> int:
+        [stored] = [u.stored_bytes for u in self.client.status().tiers if u.tier == tier]
+        return int(stored)
+
+    def moved(self, kind: coordinator_pb2.MoveKind, tier: str) -> int:
+        """Pages that jobs on request moved out of segments of a tier."""
+        return sum(
+            job.pages_moved for job in self.operator.jobs(ended=True)
+            if job.spec.kind == kind and job.spec.tier == tier and not job.automatic
+        )  # fmt: skip
 
     def close(self) -> None:
         self._close.close()
@@ -210,16 +221,28 @@ def test_a_kernel_swaps_while_tiers_are_drained_and_compacted(
     before = swapped_in()
     with Hog(hog, tmp_path) as running:
         running.wait_for_passes(1)
+        began_s = time.monotonic()
+        running.wait_for_passes(2)
+        pass_s = time.monotonic() - began_s
         spread = cluster.tier_pages()
         assert sum(pages > 0 for pages in spread.values()) >= 3, spread
-        passes = running.passes
-        drained = vswap("drain", "red-a", "--coordinator", cluster.address)
-        vswap("compact", "red-b", "--coordinator", cluster.address)
-        assert running.process.poll() is None, "the hog was done before the drain"
+        # Slowly: it is to take about as long as the hog takes for all of its memory.
+        rate = f"{int(cluster.stored_bytes('red-a') / pass_s)}B"
+        swapped = swapped_in()
+        drained = vswap("drain", "red-a", "--rate", rate, "--coordinator", cluster.address,
+                        timeout_s=240)  # fmt: skip
+        assert swapped_in() - swapped > 1000, "next to nothing was swapped during the drain"
+        assert cluster.moved(coordinator_pb2.MOVE_KIND_DRAIN, "red-a") > 0
+        # Again and again, during a whole pass at least.
+        passes, until_s = running.passes, time.monotonic() + 120
+        compact = coordinator_pb2.MOVE_KIND_COMPACT
+        while running.passes < passes + 2 or not cluster.moved(compact, "red-b"):
+            assert time.monotonic() < until_s, (running.passes, cluster.operator.jobs(ended=True))
+            vswap("compact", "red-b", "--coordinator", cluster.address)
         assert cluster.tier_pages()["red-a"] == 0, drained
         with redis.Redis.from_url(cluster.redis["a"].url) as server:
             assert server.dbsize() == 0
-        running.wait_for_passes(passes + 2)
+        running.wait_for_passes(running.passes + 2)
         used = swap_used_pages(device)
         told = running.finish()
     print(told, f"{swapped_in() - before} pages swapped in, {spread}")

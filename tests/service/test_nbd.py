@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -20,7 +21,9 @@ import pytest
 from nbd_client import Nbd
 from shards import objects, open_shard, pages, ram, slots
 
+from vswap.node.device import Device
 from vswap.node.frontends.nbd.server import NbdServer
+from vswap.node.readahead import ReadAhead
 from vswap.node.shard import Shard
 from vswap.node.spaces import Limits, Space
 from vswap.tiers.spec import TierSpec
@@ -343,6 +346,63 @@ async def test_a_file_in_the_way_of_the_socket_stays(tmp_path: Path) -> None:
     assert file.read_text() == "somebody's"
 
 
+async def test_the_first_extent_alone_is_as_long_as_it_is(tmp_path: Path) -> None:
+    async with open_shard(tmp_path / "state", ram(mib=32)) as shard:
+        space = shard.spaces.create("swap", max_slots=1 << 20)
+        await shard.pager.fill(space, slots((1 << 19) + 5))
+        server = NbdServer(shard, inflight_bytes=8 << 20)
+        [address] = await server.start([f"unix:{tmp_path}/nbd.sock"], insecure=False)
+
+        def work(disk: Nbd) -> None:
+            for flags in (0, nbd.REQ_ONE):
+                asked = disk.ask(nbd.BLOCK_STATUS, 100, (1 << 32) - 4096, flags=flags)
+                found = asked.extents[disk.contexts["base:allocation"]]
+                assert found[0] == ((((1 << 19) + 5) << 12) - 100, 3)
+                assert len(found) == (1 if flags else 3)
+
+        await client(address, work, contexts=("base:allocation",))
+        await server.stop(5.0)
+
+
+async def test_cache_of_pages_out_of_reach_does_nothing(tmp_path: Path) -> None:
+    """And the connection lives; nor was anything ever promoted before."""
+    tiers = (ram(mib=8), objects(tmp_path / "objects"))
+    async with serve(tmp_path, *tiers) as (shard, space, address):
+        shard.spaces.change("swap", Limits(tiers=("objects",)))
+        await shard.pager.store(space, slots(*range(16)), pages(slots(*range(16)), 1))
+        shard.spaces.change("swap", Limits())
+        (tmp_path / "objects").rename(tmp_path / "away")
+
+        def work(disk: Nbd) -> None:
+            disk.do(nbd.CACHE, 0, 16 * 4096)
+            assert disk.ask(nbd.READ, 0, 4096).error == errno.EIO
+            disk.do(nbd.FLUSH)
+
+        await client(address, work)
+        (tmp_path / "away").rename(tmp_path / "objects")
+
+
+@pytest.mark.parametrize("kind", ["empty", "fill", "ram"])
+async def test_cache_of_a_long_range_leaves_others_their_turns(kind: str, tmp_path: Path) -> None:
+    async with open_shard(tmp_path / "state", ram(mib=32)) as shard:
+        space = shard.spaces.create("swap", max_slots=1 << 20)
+        if kind == "fill":
+            await shard.pager.fill(space, np.arange(65536, dtype=np.uint64))
+        elif kind == "ram":
+            where = np.arange(4096, dtype=np.uint64)
+            noise = np.random.default_rng(1).integers(0, 256, (4096, 4096), np.uint8)
+            await shard.pager.store(space, where, noise)
+        ahead = ReadAhead(shard.pager, shard.handles, shard.tiers, space, Counter())
+        device = Device(shard.pager, shard.promoter, ahead, space)
+        caching = asyncio.create_task(device.cache(100, (1 << 32) - 4096))
+        turns = 0
+        while not caching.done():
+            await asyncio.sleep(0)
+            turns += 1
+        await caching
+        assert turns > 100
+
+
 async def test_cache_brings_pages_into_ram(tmp_path: Path) -> None:
     tiers = (ram(mib=8), objects(tmp_path / "objects"))
     async with serve(tmp_path, *tiers) as (shard, space, address):
@@ -428,6 +488,12 @@ async def test_exports_follow_the_spaces(tmp_path: Path) -> None:
         assert answer.error == errno.ESHUTDOWN
         answer = await asyncio.to_thread(disk.ask, nbd.WRITE, 0, 4096, bytes(4096))
         assert answer.error == errno.ESHUTDOWN
+        for command, length in (
+            (nbd.READ, 1 << 20), (nbd.READ, 100), (nbd.TRIM, 8192), (nbd.CACHE, 8192),
+            (nbd.WRITE_ZEROES, 8192), (nbd.FLUSH, 0), (nbd.READ, 0),
+        ):  # fmt: skip
+            answer = await asyncio.to_thread(disk.ask, command, 0, length)
+            assert answer.error == errno.ESHUTDOWN, command
         disk.sock.close()
 
 
@@ -551,6 +617,35 @@ async def test_sequential_reads_of_slow_pages_are_read_ahead(tmp_path: Path) -> 
         await client(address, scattered)
         read = shard.counters()["readahead_pages"] - before
         assert read < 600, "random reads are no stream"
+
+
+@pytest.mark.parametrize(
+    ("kib", "skew", "structured"),
+    [
+        (64, 0, True), (256, 0, True), (512, 0, True), (516, 0, True), (1024, 0, True),
+        (1024, 0, False), (64, 512, True),
+    ],
+)  # fmt: skip
+async def test_a_sequential_reader_of_any_size_reads_pages_once(
+    kib: int, skew: int, structured: bool, tmp_path: Path
+) -> None:
+    tiers = (ram(mib=4), objects(tmp_path / "objects"))
+    async with serve(tmp_path, *tiers) as (shard, _, address):
+        shard.spaces.change("swap", Limits(tiers=("objects",)))
+        data = random.Random(1).randbytes(SIZE)
+        await client(address, lambda disk: disk.write(0, data))
+
+        def sequential(disk: Nbd) -> None:
+            for offset in range(skew, SIZE, kib << 10):
+                length = min(kib << 10, SIZE - offset)
+                assert disk.read(offset, length) == data[offset : offset + length]
+
+        before = shard.counters()
+        await client(address, sequential, structured=structured)
+        found = Counter({name: n - before.get(name, 0) for name, n in shard.counters().items()})
+        assert found["readahead_used"] > 0.8 * SLOTS, found
+        assert found["readahead_wasted"] < 0.05 * SLOTS, found
+        assert found["remote_pages_loaded"] < 1.05 * SLOTS, found
 
 
 async def test_thousands_of_small_requests_in_one_go(tmp_path: Path) -> None:

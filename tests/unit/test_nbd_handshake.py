@@ -120,9 +120,10 @@ def test_nonsense_gets_an_error_and_the_negotiation_goes_on(
     assert ask(handshake, nbd.LIST)[-1][0] == nbd.ACK
 
 
-def test_abort_is_acknowledged() -> None:
+@pytest.mark.parametrize("data", [b"", b"x", bytes(70000)])
+def test_abort_is_acknowledged(data: bytes) -> None:
     handshake = begin()
-    assert ask(handshake, nbd.ABORT) == [(nbd.ACK, b"")]
+    assert ask(handshake, nbd.ABORT, data) == [(nbd.ACK, b"")]
     assert handshake.phase is Phase.CLOSED
 
 
@@ -137,7 +138,7 @@ def test_meta_contexts() -> None:
     assert ask(handshake, nbd.LIST_META, nbd.meta_query("swap", "x:y")) == [(nbd.ACK, b"")]
     chosen = ask(handshake, nbd.SET_META, nbd.meta_query("swap", "vswap:tier", "x:y", "base:"))
     assert chosen == [(nbd.META_CONTEXT, struct.pack(">I", 2) + b"vswap:tier"), (nbd.ACK, b"")]
-    assert [k for k, _ in ask(handshake, nbd.SET_META, nbd.meta_query("nothing", "x"))] == [
+    assert [k for k, _ in ask(handshake, nbd.SET_META, nbd.meta_query("nothing", "x:y"))] == [
         nbd.ERR_UNKNOWN
     ]
     assert handshake.contexts == frozenset(), "what failed still replaces what was chosen before"
@@ -146,12 +147,46 @@ def test_meta_contexts() -> None:
     assert handshake.contexts == {"vswap:tier"}
 
 
-def test_contexts_of_another_export_do_not_count() -> None:
+@pytest.mark.parametrize(
+    ("option", "data"), [(nbd.GO, nbd.info_query("swap")), (nbd.EXPORT_NAME, b"swap")]
+)
+def test_contexts_of_another_export_do_not_count(option: int, data: bytes) -> None:
+    for chosen, counts in (("other", set()), ("swap", {"vswap:tier"})):
+        handshake = begin()
+        ask(handshake, nbd.STRUCTURED_REPLY)
+        ask(handshake, nbd.SET_META, nbd.meta_query(chosen, "vswap:tier"))
+        handshake.feed(memoryview(struct.pack(">QII", nbd.IHAVEOPT, option, len(data)) + data))
+        assert handshake.phase is Phase.TRANSMISSION
+        assert handshake.contexts == counts
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (nbd.meta_query("swap", "x:y") + b"junk", nbd.ERR_INVALID),
+        (nbd.meta_query("swap", "vswap:tier", "nocolon"), nbd.ERR_INVALID),
+        (nbd.meta_query("nothing", "vswap:tier"), nbd.ERR_UNKNOWN),
+        (bytes(70000), nbd.ERR_TOO_BIG),
+    ],
+    ids=["junk", "one-of-two", "unknown", "too-big"],
+)
+def test_contexts_that_could_not_be_set_leave_none(data: bytes, error: int) -> None:
     handshake = begin()
     ask(handshake, nbd.STRUCTURED_REPLY)
-    ask(handshake, nbd.SET_META, nbd.meta_query("other", "vswap:tier"))
+    ask(handshake, nbd.SET_META, nbd.meta_query("swap", "vswap:tier"))
+    assert [kind for kind, _ in ask(handshake, nbd.SET_META, data)] == [error]
     ask(handshake, nbd.GO, nbd.info_query("swap"))
     assert handshake.contexts == frozenset()
+
+
+@pytest.mark.parametrize("option", [nbd.LIST_META, nbd.SET_META])
+@pytest.mark.parametrize("query", ["", "base", ":tier"])
+def test_a_query_has_a_namespace_and_a_colon(option: int, query: str) -> None:
+    handshake = begin()
+    ask(handshake, nbd.STRUCTURED_REPLY)
+    assert [k for k, _ in ask(handshake, option, nbd.meta_query("swap", query))] == [
+        nbd.ERR_INVALID
+    ]
 
 
 @pytest.mark.parametrize("flags", [4, 0x80000003])

@@ -1,16 +1,22 @@
-"""Cutting a stream into requests, and a million streams that are none."""
+"""Cutting a stream into requests, and a million options and requests that are none, or damaged."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import random
 import struct
+from collections import Counter
+from dataclasses import replace
 
 import nbd_client as nbd
 import pytest
+from nbd_stream import Told, pieces, request, understand
 
+from vswap.node.frontends.nbd import requests as parsing
 from vswap.node.frontends.nbd.handshake import Handshake, Offer, Phase
-from vswap.node.frontends.nbd.requests import Parser, ProtocolError
+from vswap.node.frontends.nbd.requests import Parser, ProtocolError, Write
+from vswap.node.frontends.nbd.runs import Runs
 
 SIZE = 1 << 20
 
@@ -23,14 +29,10 @@ class Exports:
         return Offer(name, SIZE, 4096) if name == "swap" else None
 
 
-def make() -> Parser:
-    return Parser(size_bytes=SIZE, page_bytes=4096, has_contexts=True)
-
-
-def request(
-    command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int = 7
-) -> bytes:
-    return struct.pack(">IHHQQI", nbd.REQUEST, flags, command, cookie, offset, length)
+def make(*, size_bytes: int = SIZE, structured: bool = True) -> Parser:
+    return Parser(
+        size_bytes=size_bytes, page_bytes=4096, structured=structured, has_contexts=structured
+    )
 
 
 def feed(parser: Parser, data: bytes) -> int:
@@ -84,7 +86,7 @@ def test_nonsense_is_refused_and_the_next_request_is_found(bad: bytes, error: in
 
 
 def test_too_long_requests() -> None:
-    parser = Parser(size_bytes=1 << 40, page_bytes=4096, has_contexts=False)
+    parser = make(size_bytes=1 << 40)
     feed(parser, request(nbd.READ, 0, (32 << 20) + 1))
     feed(parser, request(nbd.READ, 0, (32 << 20) + 1, flags=nbd.DF))
     assert [e[1] for e in parser.errors] == [errno.EINVAL, errno.EOVERFLOW]
@@ -97,6 +99,14 @@ def test_too_long_requests() -> None:
     feed(parser, request(nbd.READ, 0, 1))
     assert len(parser.reads) == 1
     assert not parser.pieces
+
+
+@pytest.mark.parametrize("length", [512, 4096, (32 << 20) + 1])
+def test_replies_that_are_not_structured_cannot_be_asked_for_in_one_piece(length: int) -> None:
+    parser = make(size_bytes=1 << 40, structured=False)
+    feed(parser, request(nbd.READ, 0, length, flags=nbd.DF))
+    assert [e[1] for e in parser.errors] == [errno.EINVAL]
+    assert not parser.reads
 
 
 def test_a_write_arrives_in_pieces_cut_at_pages() -> None:
@@ -187,7 +197,8 @@ def test_nothing_counts_after_goodbye() -> None:
 
 # -------------------------------------------------------------------- fuzz
 
-_INPUTS = 1_000_000
+_OPTIONS, _REQUESTS = 400_000, 600_000
+"""What is sent, damaged or not: a million altogether."""
 
 
 def _mutate(rng: random.Random, seed: bytes) -> bytes:
@@ -206,10 +217,46 @@ def _mutate(rng: random.Random, seed: bytes) -> bytes:
     return bytes(data)
 
 
+def _negotiate(parts: list[bytes]) -> tuple[bytes, Phase, Offer | None, bool, frozenset[str], int]:
+    """All that a negotiation comes to, and how many bytes are left over for what follows."""
+    handshake, pending = Handshake(_EXPORTS), b""
+    handshake.replies.clear()
+    for part in parts:
+        pending += part
+        used = handshake.feed(memoryview(pending))
+        assert 0 <= used <= len(pending)
+        pending = pending[used:]
+    return (
+        bytes(handshake.replies), handshake.phase, handshake.export, handshake.structured,
+        handshake.contexts, len(pending) if handshake.phase is not Phase.CLOSED else 0,
+    )  # fmt: skip
+
+
+def _expected_replies(stream: bytes) -> list[int]:
+    """The options, each of which has one last reply, as long as nothing ends the negotiation."""
+    found, at = [], 0
+    while len(stream) - at >= 16:
+        magic, option, length = struct.unpack_from(">QII", stream, at)
+        at += 16 + length
+        whole = at <= len(stream) or length > 65536 or option == nbd.ABORT
+        if magic != nbd.IHAVEOPT or option == nbd.EXPORT_NAME or not whole:
+            break
+        found.append(option)
+        if option == nbd.ABORT:
+            break
+    return found
+
+
+_EXPORTS = Exports()
+_KINDS = {
+    nbd.ACK, nbd.SERVER, nbd.INFO_REPLY, nbd.META_CONTEXT, nbd.ERR_UNSUP, nbd.ERR_POLICY,
+    nbd.ERR_INVALID, nbd.ERR_UNKNOWN, nbd.ERR_TOO_BIG,
+}  # fmt: skip
+
+
 @pytest.mark.timeout(300)
-def test_a_million_streams_of_garbage() -> None:
-    """Half of them at the negotiation, half at the requests: nothing but a refusal or an error that
-    the protocol knows; nothing is consumed twice, nothing handed out is out of range."""
+def test_many_negotiations() -> None:
+    """Each option has one last reply, and however the stream is cut, the same comes of it."""
     rng = random.Random(20261123)
     options = [
         struct.pack(">QII", nbd.IHAVEOPT, option, len(data)) + data
@@ -219,38 +266,111 @@ def test_a_million_streams_of_garbage() -> None:
             (nbd.GO, nbd.info_query("swap")), (nbd.EXPORT_NAME, b"swap"), (nbd.ABORT, b""),
         )
     ]  # fmt: skip
+    phases = Counter[Phase]()
+    for _ in range(_OPTIONS // 3):
+        stream = _mutate(rng, b"".join(rng.choices(options, k=3)))
+        outcome = _negotiate([b"\0\0\0\3", *pieces(rng, stream)])
+        assert outcome == _negotiate([b"\0\0\0\3" + stream])
+        replies, phase = outcome[:2]
+        phases[phase] += 1
+        last, at = [], 0
+        while at < len(replies):
+            if len(replies) - at == 10:
+                # Of EXPORT_NAME: size and flags.
+                assert phase is Phase.TRANSMISSION
+                break
+            magic, about, kind, length = struct.unpack_from(">QIII", replies, at)
+            assert magic == nbd.OPTION_REPLY
+            assert kind in _KINDS
+            at += 20 + length
+            if kind == nbd.ACK or kind >= 1 << 31:
+                last.append(about)
+        expected = _expected_replies(stream)
+        assert last == (expected[: len(last)] if phase is Phase.TRANSMISSION else expected)
+    assert min(phases[phase] for phase in Phase) > 1000, phases
+
+
+def _parse(parser: Parser, parts: list[bytes]) -> tuple[list[Told], bool]:
+    """What the parser makes of a stream, and whether it gave up."""
+    told: list[Told] = []
+    data: dict[Write, list[bytes]] = {}
+    pending = b""
+    for part in parts:
+        pending += part
+        try:
+            used = parser.feed(memoryview(pending))
+        except ProtocolError:
+            used = -1
+        for cookie, offset, length, flags in parser.reads:
+            told.append(Told(cookie, nbd.READ, offset, length, flags))
+        for command, cookie, offset, length, flags in parser.others:
+            told.append(Told(cookie, command, offset, length, flags))
+        for write, _, view in parser.pieces:
+            data.setdefault(write, []).append(bytes(view))
+            if not write.left:
+                whole = b"".join(data[write])
+                start = write.offset - len(whole)
+                told.append(Told(write.cookie, nbd.WRITE, start, len(whole), 0, whole))
+        for command, runs in ((nbd.READ, parser.runs_read), (nbd.WRITE, parser.runs_written)):
+            for run in runs:
+                for (cookie, offset), page in zip(run.requests(4096), run.pages, strict=True):
+                    told.append(Told(cookie, command, offset, 4096, 0, page.tobytes()))
+        for cookie, error, _ in parser.errors:
+            told.append(Told(cookie, -1, error=error))
+        if used < 0:
+            return told, True
+        for understood in (
+            parser.reads, parser.others, parser.pieces, parser.runs_read, parser.runs_written,
+            parser.errors,
+        ):  # fmt: skip
+            understood.clear()
+        assert 0 <= used <= len(pending)
+        pending = pending[used:]
+    return told, False
+
+
+def _plain(told: Told) -> Told:
+    """As the parser tells of it: errors by cookie, and FUA of writes not at all."""
+    if told.error:
+        return Told(told.cookie, -1, error=told.error)
+    return replace(told, flags=0) if told.command == nbd.WRITE and told.length else told
+
+
+@pytest.mark.timeout(300)
+def test_many_streams_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request is understood or refused as the protocol says, once, however the stream is cut;
+    and garbage is noticed as soon as it can be."""
+    # Making them takes longer than using them.
+    monkeypatch.setattr(parsing, "Runs", functools.cache(Runs))
+    rng = random.Random(20261124)
     requests = [
-        request(command, offset, length, flags=flags)
+        (command, offset, length, flags)
         for command in (*range(9), 200)
         for offset, length in ((0, 4096), (100, 50), (SIZE - 512, 512), (SIZE, 1))
-        for flags in (0, nbd.FUA, nbd.DF)
-    ]
-    exports = Exports()
-    for _ in range(_INPUTS // 2):
-        handshake = Handshake(exports)
-        handshake.feed(b"\0\0\0\3")  # type: ignore[arg-type]
-        data = _mutate(rng, rng.choice(options) + rng.choice(options))
-        used = handshake.feed(memoryview(data))
-        assert 0 <= used <= len(data)
-        assert handshake.phase in Phase
-        assert len(handshake.replies) < 4096
-    for _ in range(_INPUTS // 2):
-        parser = make()
-        first = rng.choice(requests)
-        payload = bytes(int.from_bytes(first[-4:], "big")) if first[7] == nbd.WRITE else b""
-        again = rng.choice((0, 0, 5))  # a run
-        data = _mutate(rng, (first + payload) * again + first + payload + rng.choice(requests))
-        try:
-            used = parser.feed(memoryview(data))
-        except ProtocolError:
-            continue
-        assert 0 <= used <= len(data)
-        for _, offset, length, _ in parser.reads:
-            assert length > 0
-            assert offset + length <= SIZE
-        for run in parser.runs_read + parser.runs_written:
-            assert (run.slots < SIZE // 4096).all()
-        for write, offset, view in parser.pieces:
-            assert offset + len(view) + write.left <= SIZE
-        for _, error, _ in parser.errors:
-            assert error in (errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW)
+        for flags in (0, 0, nbd.FUA, nbd.DF, nbd.REQ_ONE)
+    ] + [(nbd.READ, 0, (32 << 20) + 1, flags) for flags in (0, nbd.DF)]
+    outcomes = Counter[object]()
+    sent = number = 0
+    while sent < _REQUESTS:
+        number += 1
+        first, last = rng.choice(requests), rng.choice(requests)
+        stream = b""
+        # Several that are alike may be a run.
+        for command, offset, length, flags in [first] * rng.choice((1, 3, 6, 12)) + [last]:
+            sent += 1
+            stream += request(command, offset, length, flags=flags, cookie=len(stream))
+            stream += bytes(length) if command == nbd.WRITE else b""
+        if rng.random() < 0.8:
+            stream = _mutate(rng, stream)
+        structured, size_bytes = number % 2 == 0, (SIZE, 1 << 40)[number % 3 == 0]
+        expected = understand(stream, size_bytes, structured=structured)
+        parser = make(size_bytes=size_bytes, structured=structured)
+        told, gave_up = _parse(parser, pieces(rng, stream))
+        assert gave_up == expected.garbage
+        if expected.begun and expected.begun.error and len(told) > len(expected.requests):
+            # It may be refused before all of its data is there.
+            expected.requests.append(expected.begun)
+        assert sorted(told) == sorted(map(_plain, expected.requests)), stream.hex()
+        outcomes[gave_up] += 1
+        outcomes.update(one.error for one in told)
+    assert set(outcomes) == {True, False, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW}, outcomes

@@ -23,7 +23,8 @@ from vswap.wire.errors import UnknownSpace
 
 _STEP_SLOTS = 8192
 """Slots that are freed, filled or looked up in one turn: about 1 ms."""
-_STORE_PAGES = 256
+CACHE_PAGES = 256
+"""Pages that are brought into the fast tier at once."""
 _MAX_EXTENTS = 8192
 MAX_EXTENTS_BYTES = 8 * _MAX_EXTENTS
 """Of one answer to :meth:`Device.extents`, per question."""
@@ -70,6 +71,12 @@ class Device:
         return np.arange(offset >> self._shift, (offset + length + self._mask) >> self._shift,
                          dtype=np.uint64)  # fmt: skip
 
+    def flush(self) -> None:
+        """Only asks whether the space is there: what was acknowledged is where a load finds it,
+        whatever dies but the host, and nothing that could be flushed outlives that. Raises
+        UnknownSpace."""
+        self._check()
+
     def _check(self) -> None:
         if self.space.deleted:
             raise UnknownSpace(f"space {self.space.name!r} was deleted", space=self.space.name)
@@ -93,18 +100,31 @@ class Device:
 
     async def read_slots(self, slots: U64) -> U8:
         """Pages (n, page_bytes); slots may repeat."""
-        return await self._pager.read(self.space, slots)
+        return await self._ahead.read(slots)
 
     async def read(self, offset: int, length: int) -> memoryview:
-        pages = await self._pager.read(self.space, self.slots(offset, length))
+        """A range; reads on where it is part of a stream."""
+        slots = self.slots(offset, length)
+        self._check()
+        self._ahead.watch(int(slots[0]), len(slots))
+        # Where a range ends inside a page, the next one begins there.
+        ends_inside = bool((offset + length) & self._mask)
+        pages = await self._ahead.read(slots, keep_last=ends_inside)
         start = offset & self._mask
         return pages.reshape(-1).data[start : start + length]
 
     async def cache(self, offset: int, length: int) -> None:
         """Brings pages into the fast tier, as far as there is room."""
-        slots = self.slots(offset, length)
-        for start in range(0, len(slots), _STORE_PAGES):
-            await self._promoter.bring(self.space, slots[start : start + _STORE_PAGES])
+        end = (offset + length + self._mask) >> self._shift
+        for start in range(offset >> self._shift, end, _STEP_SLOTS):
+            self._check()
+            slots = np.arange(start, min(start + _STEP_SLOTS, end), dtype=np.uint64)
+            # An empty disk is large: only slots that hold something are looked at more than once.
+            slots = slots[self.space.table.get(slots) != 0]
+            for first in range(0, len(slots), CACHE_PAGES):
+                await self._promoter.bring(self.space, slots[first : first + CACHE_PAGES])
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
 
     # ---------------------------------------------------------------- write
 
@@ -190,8 +210,10 @@ class Device:
             words = self.space.table.get(where)
             for i, question in enumerate(of):
                 states = question(words)
-                begin = np.flatnonzero(np.append(True, states[1:] != states[:-1]))
-                runs[i].append((begin.astype(np.uint64) + np.uint64(start), states[begin]))
+                fresh = not runs[i] or states[0] != runs[i][-1][1][-1]
+                begin = np.flatnonzero(np.append(fresh, states[1:] != states[:-1]))
+                if len(begin):
+                    runs[i].append((begin.astype(np.uint64) + np.uint64(start), states[begin]))
             if all(_count(parts) > (1 if one else _MAX_EXTENTS) for parts in runs):
                 slots = start + count
                 break
@@ -208,11 +230,9 @@ def _count(parts: list[tuple[U64, U32]]) -> int:
 def _lengths(
     parts: list[tuple[U64, U32]], shift: int, skew: int, whole: int, most: int
 ) -> tuple[U32, U32]:
-    """Extents in bytes from runs in slots, joining equal neighbours where two steps met."""
+    """Extents in bytes from runs in slots."""
     begin = np.concatenate([b for b, _ in parts])
     states = np.concatenate([s for _, s in parts])
-    keep = np.append(True, states[1:] != states[:-1])
-    begin, states = begin[keep], states[keep]
     edges = np.append((begin << np.uint64(shift)).astype(np.int64) - skew, whole)
     edges[0] = 0
     return np.diff(edges)[:most].astype(np.uint32), states[:most]

@@ -120,7 +120,7 @@ class Promoter:
 
     async def _promote(self, space: Space, records: Records, words: U64) -> None:
         target = self._target(space)
-        if target is None or space.deleted:
+        if target is None or space.deleted or not len(records):
             return
         try:
             ready = await self._codecs.transcode(records, target.codec)

@@ -236,7 +236,7 @@ NBD_ERRNO: dict[type[VswapError], int] = {
     AlreadyExists: errno.EINVAL,
     Refused: errno.EPERM,
     SegmentExists: errno.EIO,
-    BackendRefused: errno.EPERM,
+    BackendRefused: errno.EIO,  # A disk whose pages are out of reach; nobody's rights.
     StateInUse: errno.EPERM,
     StateInvalid: errno.EIO,
     InternalError: errno.EIO,

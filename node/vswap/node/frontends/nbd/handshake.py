@@ -105,6 +105,14 @@ class Handshake:
         if magic != wire.IHAVEOPT or self._options > _MAX_OPTIONS:
             self.phase = Phase.CLOSED
             return len(data)
+        if option == Option.ABORT:
+            # Whatever data it may have.
+            self._reply(option, Reply.ACK)
+            self.phase = Phase.CLOSED
+            return len(data)
+        if option == Option.SET_META_CONTEXT:
+            # Whatever comes of this one, it replaces the one before.
+            self.contexts = frozenset()
         if length > wire.MAX_OPTION_BYTES:
             if option == Option.EXPORT_NAME:
                 self.phase = Phase.CLOSED
@@ -136,9 +144,6 @@ class Handshake:
         try:
             if option == Option.EXPORT_NAME:
                 self._export_name(data)
-            elif option == Option.ABORT:
-                self._reply(option, Reply.ACK)
-                self.phase = Phase.CLOSED
             elif option == Option.LIST:
                 self._list(data)
             elif option in (Option.INFO, Option.GO):
@@ -160,7 +165,8 @@ class Handshake:
     def _export_name(self, data: bytes) -> None:
         """The old way in: it has no way to tell an error but to hang up."""
         try:
-            offer = self._catalogue.find(_text(data))
+            name = _text(data)
+            offer = self._catalogue.find(name)
         except _Malformed:
             offer = None
         if offer is None:
@@ -169,7 +175,7 @@ class Handshake:
         self.replies += struct.pack(">QH", offer.size_bytes, self._flags())
         if not self._no_zeroes:
             self.replies += bytes(124)
-        self._enter(offer)
+        self._enter(name, offer)
 
     def _list(self, data: bytes) -> None:
         if data:
@@ -203,18 +209,13 @@ class Handshake:
         self._reply(option, Reply.INFO, struct.pack(">HIII", Info.BLOCK_SIZE, *sizes))
         self._reply(option, Reply.ACK)
         if option == Option.GO:
-            if name != self._contexts_of:
-                self.contexts = frozenset()
-            self._enter(offer)
+            self._enter(name, offer)
 
     def _meta_context(self, option: int, data: bytes) -> None:
         if not self.structured:
             raise _Malformed
         name, end = _name(data)
         queries = _queries(data, end)
-        if option == Option.SET_META_CONTEXT:
-            # Whatever comes of this one, it replaces the one before.
-            self.contexts, self._contexts_of = frozenset(), name
         if self._catalogue.find(name) is None:
             self._refuse(option, Reply.ERR_UNKNOWN, "no such export")
             return
@@ -225,7 +226,7 @@ class Handshake:
             ]  # fmt: skip
         else:
             chosen = [known for known in CONTEXTS if known in queries]
-            self.contexts = frozenset(chosen)
+            self.contexts, self._contexts_of = frozenset(chosen), name
         for known in chosen:
             # In a list the id means nothing, and must be zero.
             number = CONTEXTS[known] if option == Option.SET_META_CONTEXT else 0
@@ -239,7 +240,9 @@ class Handshake:
     def _flags(self) -> int:
         return int(_FLAGS | wire.Flag.SEND_DF if self.structured else _FLAGS)
 
-    def _enter(self, offer: Offer) -> None:
+    def _enter(self, name: str, offer: Offer) -> None:
+        if name != self._contexts_of:
+            self.contexts = frozenset()
         self.export = offer
         self.phase = Phase.TRANSMISSION
 
@@ -278,6 +281,9 @@ def _queries(data: bytes, start: int) -> list[str]:
     queries, end = [], start + 4
     for _ in range(count):
         query, end = _name(data, end)
+        if query.find(":") < 1:
+            # A namespace, a colon, and what the namespace makes of the rest.
+            raise _Malformed
         queries.append(query)
     if end != len(data):
         raise _Malformed

@@ -80,13 +80,6 @@ class Replies:
             length + 8, offset,
         )  # fmt: skip
 
-    def hole(self, cookie: int, offset: int, length: int, *, last: bool = True) -> bytes:
-        """Zeros that need not travel; structured replies only."""
-        return wire.HOLE_CHUNK.pack(
-            wire.CHUNK_MAGIC, wire.CHUNK_DONE if last else 0, wire.CHUNK_HOLE, cookie, 12,
-            offset, length,
-        )  # fmt: skip
-
     def block_status(self, cookie: int, extents: Sequence[tuple[int, U32, U32]]) -> bytes:
         """One chunk per context: (id, lengths in bytes, states)."""
         parts = []

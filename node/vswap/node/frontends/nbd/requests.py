@@ -42,13 +42,17 @@ class Parser:
     empties them, and has done with the pieces' views before it feeds again.
     """
 
-    def __init__(self, *, size_bytes: int, page_bytes: int, has_contexts: bool) -> None:
+    def __init__(
+        self, *, size_bytes: int, page_bytes: int, structured: bool, has_contexts: bool
+    ) -> None:
         self._size = size_bytes
         self._page_bytes = page_bytes
         self._page_mask = page_bytes - 1
         self._read_runs = Runs(Command.READ, size_bytes=size_bytes, page_bytes=page_bytes)
         self._write_runs = Runs(Command.WRITE, size_bytes=size_bytes, page_bytes=page_bytes)
         self._has_contexts = has_contexts
+        self._read_flags = wire.DF if structured else 0
+        """What a read may have, besides FUA. A reply that cannot be cut has no use for DF."""
         self.write: Write | None = None
         """The write whose payload comes next."""
         self._skip = 0
@@ -70,6 +74,7 @@ class Parser:
         position, end = 0, len(data)
         header, unpack = wire.REQUEST.size, wire.REQUEST.unpack_from
         reads, size, page_bytes = self.reads, self._size, self._page_bytes
+        odd_flags = ~self._read_flags
         seek = True
         while position < end and not self.disconnect:
             if self._skip or self.write is not None:
@@ -101,7 +106,7 @@ class Parser:
                     break
             position += header
             usual = 0 < length <= wire.MAX_REQUEST_BYTES and offset + length <= size
-            if usual and not command and not flags & ~wire.DF:
+            if usual and not command and not flags & odd_flags:
                 reads.append((cookie, offset, length, flags))
             elif usual and command == _WRITE and not flags:
                 self.write = Write(cookie, offset, length)
@@ -156,6 +161,8 @@ class Parser:
         allowed = wire.ALLOWED_FLAGS.get(command)
         if allowed is None:
             return wire.EINVAL, f"unknown command {command}"
+        if command == Command.READ:
+            allowed |= self._read_flags
         if flags & ~allowed:
             return wire.EINVAL, f"command {command} does not take flags {flags:#x}"
         if command == Command.FLUSH:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from vswap.node.device import MAX_EXTENTS_BYTES, Device, allocation, tier
+from vswap.node.device import CACHE_PAGES, MAX_EXTENTS_BYTES, Device, allocation, tier
 from vswap.node.frontends.nbd import wire
 from vswap.node.frontends.nbd.answers import Answers
 from vswap.node.frontends.nbd.handshake import CONTEXTS, Offer
@@ -69,7 +69,7 @@ class Session:
         self._shift = offer.page_bytes.bit_length() - 1
         self._parser = Parser(
             size_bytes=offer.size_bytes, page_bytes=offer.page_bytes,
-            has_contexts=bool(self._contexts),
+            structured=replies.structured, has_contexts=bool(self._contexts),
         )  # fmt: skip
         self._writes = Writes(device, self._answers, link, offer.page_bytes)
         self._intake = Intake(
@@ -127,14 +127,19 @@ class Session:
     def _other(self, command: int, cookie: int, offset: int, length: int, flags: int) -> None:
         self._counters[f"nbd_{Command(command).name.lower()}"] += 1
         if not length:
-            # Also a flush: what was acknowledged is where a load finds it, whatever dies but the
-            # host, and nothing that this daemon could flush outlives that.
-            self._link.send(self._replies.done(cookie))
+            # Also a flush.
+            try:
+                self._device.flush()
+            except VswapError as error:
+                self._answers.fail(cookie, error)
+            else:
+                self._link.send(self._replies.done(cookie))
         elif command == Command.BLOCK_STATUS:
             cost = len(self._contexts) * MAX_EXTENTS_BYTES
             self._link.spawn(self._block_status(cookie, offset, length, flags), cost)
         else:
-            self._link.spawn(self._change(command, cookie, offset, length, flags), 0)
+            held = min(length, CACHE_PAGES << self._shift) if command == Command.CACHE else 0
+            self._link.spawn(self._change(command, cookie, offset, length, flags), held)
 
     async def _change(
         self, command: int, cookie: int, offset: int, length: int, flags: int

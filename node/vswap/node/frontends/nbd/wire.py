@@ -34,8 +34,6 @@ CHUNK = struct.Struct(">IHHQI")
 """magic, flags, type, cookie, length"""
 DATA_CHUNK = struct.Struct(">IHHQIQ")
 """A chunk header and the offset of the data that follows."""
-HOLE_CHUNK = struct.Struct(">IHHQIQI")
-"""A chunk header, offset and length of a hole."""
 
 HANDSHAKE_FIXED_NEWSTYLE = 1
 HANDSHAKE_NO_ZEROES = 2
@@ -111,7 +109,7 @@ REQ_ONE = 1 << 3
 FAST_ZERO = 1 << 4
 
 ALLOWED_FLAGS: dict[int, int] = {
-    Command.READ: FUA | DF,
+    Command.READ: FUA,
     Command.WRITE: FUA,
     Command.DISC: 0xFFFF,
     Command.FLUSH: FUA,
@@ -120,12 +118,12 @@ ALLOWED_FLAGS: dict[int, int] = {
     Command.WRITE_ZEROES: FUA | NO_HOLE | FAST_ZERO,
     Command.BLOCK_STATUS: FUA | REQ_ONE,
 }
-"""FUA is allowed everywhere, and means nothing where nothing is written."""
+"""FUA is allowed everywhere, and means nothing where nothing is written. DF, for reads, only where
+replies are structured."""
 
 CHUNK_DONE = 1
 CHUNK_NONE = 0
 CHUNK_DATA = 1
-CHUNK_HOLE = 2
 CHUNK_BLOCK_STATUS = 5
 CHUNK_ERROR = 2**15 + 1
 
