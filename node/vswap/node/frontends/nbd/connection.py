@@ -85,9 +85,12 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._socket = socket.socket(fileno=number)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _WRITE_HIGH)
+        # A unix socket tells apart who has closed it and who only ended his half, and still reads.
+        ended = 0
         if self._socket.family != socket.AF_UNIX:
             notice_loss(self._socket)
-        self._hung_up.register(self._socket, select.POLLRDHUP)
+            ended = select.POLLRDHUP
+        self._hung_up.register(self._socket, ended)
         transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         self._deadline = asyncio.get_running_loop().call_later(_HANDSHAKE_S, self.abort)
         assert self._handshake is not None
@@ -110,8 +113,8 @@ class Connection(asyncio.BufferedProtocol):
         self._tell_if_over()
 
     def eof_received(self) -> bool:
-        """Half-closed: what has begun is still answered."""
-        if self._session is not None and not self._session.said_goodbye:
+        """No more requests; what was asked is still answered, if somebody may be there."""
+        if self._session is not None and self._abandoned:
             self._session.drop()
         self._end_soon()
         return True
