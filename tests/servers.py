@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from vswap.tiers.backend import Buffer, Listed, Read, SegmentName, prefix
@@ -17,6 +18,8 @@ class Server(Wrapper):
     flips = False
     lives = 1
     asked = 0
+    gate: asyncio.Event | None = None
+    """Until it is set, what is put hangs."""
 
     async def open(self) -> None:
         if self.dead:
@@ -28,6 +31,8 @@ class Server(Wrapper):
             raise TierUnavailable("out of memory")
         if self.dead:
             raise OutcomeUnknown("connection lost")
+        if self.gate is not None:
+            await self.gate.wait()
         await super().put(name, data)
 
     async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:

@@ -264,6 +264,33 @@ async def test_a_server_that_was_wiped_while_nobody_looked_is_noticed_at_the_sta
     assert cluster.degraded() == len(cluster.tier.segments)
 
 
+async def test_a_part_that_is_lost_while_other_servers_still_write_is_noticed(
+    cluster: Cluster,
+) -> None:
+    """It was acknowledged, and gone before the write as a whole was."""
+    cares = cluster.shard.upkeep._cares
+    await cluster.until(lambda: all(care.life for care in cares.values()))
+    slow, empty = cluster.server(0), cluster.server(1)
+    slow.gate = asyncio.Event()
+    store = asyncio.create_task(cluster.store(0, 200))
+    await cluster.until(lambda: bool(cluster.tier.writing))
+    while not await empty.keys():
+        await asyncio.sleep(0.01)
+    await empty.wipe()
+    empty.lives += 1
+    await cluster.until(lambda: cares[cluster.backend, 1].life == str(empty.lives))
+    for _ in range(20):
+        cluster.shard.upkeep.watch(cluster.tier)
+        await asyncio.sleep(0.02)
+    slow.gate.set()
+    await store
+    await cluster.audited()
+    assert cluster.degraded() == len(cluster.tier.segments) == 1
+    await cluster.repair()
+    slow.dead = True
+    await cluster.load(np.arange(200, dtype=np.uint64))
+
+
 async def test_a_torn_part_is_found_by_its_length(cluster: Cluster) -> None:
     await cluster.store()
     handle = next(iter(cluster.tier.segments))
