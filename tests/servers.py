@@ -19,23 +19,28 @@ class Server(Wrapper):
     lives = 1
     asked = 0
     gate: asyncio.Event | None = None
-    """Until it is set, what is put hangs."""
+    """Until it is set, the server does not answer."""
+
+    async def _answers(self) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
 
     async def open(self) -> None:
+        await self._answers()
         if self.dead:
             raise TierUnavailable("refused")
         await super().open()
 
     async def put(self, name: SegmentName, data: Buffer) -> None:
+        await self._answers()
         if self.refuses:
             raise TierUnavailable("out of memory")
         if self.dead:
             raise OutcomeUnknown("connection lost")
-        if self.gate is not None:
-            await self.gate.wait()
         await super().put(name, data)
 
     async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:
+        await self._answers()
         if self.dead:
             return [TierUnavailable("refused")] * len(reads)
         self.asked += len(reads)
@@ -43,17 +48,20 @@ class Server(Wrapper):
         return [flipped(answer) if self.flips else answer for answer in answers]
 
     async def delete(self, names: Sequence[SegmentName]) -> None:
+        await self._answers()
         if self.dead:
             raise TierUnavailable("refused")
         await super().delete(names)
 
     async def list(self, prefix: str) -> AsyncIterator[Listed]:
+        await self._answers()
         if self.dead:
             raise TierUnavailable("refused")
         async for listed in super().list(prefix):
             yield listed
 
     async def life(self) -> str:
+        await self._answers()
         if self.dead:
             raise TierUnavailable("refused")
         return str(self.lives)

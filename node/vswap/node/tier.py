@@ -63,6 +63,8 @@ class Tier:
         self.writing = 0
         """Segments being written right now."""
         self.opened = False
+        self.tried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done once it was tried to open the backend: whoever needs it waits so long, no longer."""
         self.quarantined = 0
         self.missing: dict[int, int] = {}
         """Segments (handle -> word of the row) that the last listing of the backend lacked."""
