@@ -21,6 +21,9 @@ class Server(Wrapper):
     gate: asyncio.Event | None = None
     """Until it is set, the server does not answer."""
 
+    late: list[tuple[SegmentName, Buffer]] | None = None
+    """Takes what is put and given up, for :meth:`land`."""
+
     async def _answers(self) -> None:
         if self.gate is not None:
             await self.gate.wait()
@@ -37,6 +40,9 @@ class Server(Wrapper):
             raise TierUnavailable("out of memory")
         if self.dead:
             raise OutcomeUnknown("connection lost")
+        if self.late is not None:
+            self.late.append((name, bytes(data)))
+            raise OutcomeUnknown("no answer in time")
         await super().put(name, data)
 
     async def get(self, reads: Sequence[Read]) -> list[Buffer | VswapError]:
@@ -68,6 +74,12 @@ class Server(Wrapper):
 
     async def keys(self) -> set[str]:
         return {listed.key async for listed in self.inner.list(prefix())}
+
+    async def land(self) -> None:
+        """What was given up happens after all."""
+        late, self.late = self.late or [], None
+        for name, data in late:
+            await self.inner.put(name, data)
 
     async def wipe(self) -> None:
         found = [SegmentName.parse(listed.key) async for listed in self.inner.list(prefix())]

@@ -5,7 +5,8 @@ other path, batched, and repeated until the backend confirms it. Each tier has a
 that one which does not answer holds up its own segments alone.
 
 What was given up while it was being written may still land: it is deleted at once, its row kept for
-a while, and deleted once more. So a tier is not empty before nothing can land there any more.
+a while, and deleted once more. The same is done with a segment that dies soon after it was stored
+without some server's part. So a tier is not empty before nothing can land there any more.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class Reaper:
         self._late_s = late_s
         self._queues: defaultdict[Tier, dict[int, float]] = defaultdict(dict)
         """By tier: segments, and when each may be forgotten."""
+        self._late: dict[int, float] = {}
+        """Segments of which a part may still land, and until when; oldest first."""
+        self._began_s = clock()
         self._tasks: dict[Tier, asyncio.Task[None]] = {}
         self._started = False
         self.is_head: Callable[[int], bool] = lambda handle: False
@@ -82,7 +86,22 @@ class Reaper:
             tier.ram.release(tier.segment_name(handle))
             self._forget(tier, handle)
         else:
-            self.delete_later(handle)
+            self.delete_later(handle, may_land=self._may_land(handle))
+
+    def stored_in_part(self, handle: int) -> None:
+        """A segment was stored, and what some server did not take of it may still land there."""
+        now = self._clock()
+        while self._late and (oldest := next(iter(self._late.items())))[1] <= now:
+            del self._late[oldest[0]]
+        self._late[handle] = now + self._late_s
+
+    def _may_land(self, handle: int) -> bool:
+        """Whether a part of a segment may land after it was deleted. Of an earlier life nobody
+        knows how old they are."""
+        until = self._late.pop(handle, None)
+        if until is None and self._handles.rows["lacking"][handle]:
+            until = self._began_s + self._late_s
+        return until is not None and until > self._clock()
 
     def delete_later(self, handle: int, *, may_land: bool = False) -> None:
         """Queues a segment in state DELETING. ``may_land``: its write may still be under way."""
