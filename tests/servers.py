@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from vswap.tiers.backend import Buffer, Listed, Read, SegmentName, prefix
 from vswap.tiers.wrappers.base import Wrapper
-from vswap.wire.errors import OutcomeUnknown, TierUnavailable, VswapError
+from vswap.wire.errors import BackendRefused, OutcomeUnknown, TierUnavailable, VswapError
 
 
 class Server(Wrapper):
@@ -15,6 +15,7 @@ class Server(Wrapper):
 
     dead = False
     refuses = False
+    unfit = False
     flips = False
     lives = 1
     asked = 0
@@ -32,6 +33,7 @@ class Server(Wrapper):
         await self._answers()
         if self.dead:
             raise TierUnavailable("refused")
+        await self.check()
         await super().open()
 
     async def put(self, name: SegmentName, data: Buffer) -> None:
@@ -65,6 +67,10 @@ class Server(Wrapper):
             raise TierUnavailable("refused")
         async for listed in super().list(prefix):
             yield listed
+
+    async def check(self) -> None:
+        if self.unfit:
+            raise BackendRefused("evicts")
 
     async def life(self) -> str:
         await self._answers()

@@ -169,6 +169,7 @@ async def test_a_tier_that_hangs_holds_up_no_housekeeping(
     backend = shard.tiers.get("red").redundant
     assert backend is not None
     space = shard.spaces.create("s", limits=Limits(tiers=("red",)))
+    await until(lambda: shard.tiers.get("mute").opened)
     site.hang("mute")
     await asyncio.sleep(1.5)
     site.servers["member-0"].dead = True

@@ -49,7 +49,14 @@ from vswap.tiers.spec import TierSpec
 from vswap.tiers.unmade import Unmade
 from vswap.tiers.wrappers.guarded import Guarded
 from vswap.tiers.wrappers.metered import Metered
-from vswap.wire.errors import AlreadyExists, BadConfig, Refused, StateInvalid, VswapError
+from vswap.wire.errors import (
+    AlreadyExists,
+    BackendRefused,
+    BadConfig,
+    Refused,
+    StateInvalid,
+    VswapError,
+)
 
 TIERS_FILE = "tiers.json"
 TIERS_VERSION = 1
@@ -59,6 +66,8 @@ _COOL_S = 60.0
 """So long free blocks of RAM keep their memory. It goes sooner where shared memory runs out."""
 _COOL_BLOCKS = 8
 _SWEEP_S = 600.0
+_CHECK_S = 10.0
+"""So often servers are asked whether somebody changed them."""
 _PRESSURE = (0.80, 0.95)
 
 logger = structlog.get_logger("vswap.node.shard")
@@ -502,8 +511,10 @@ class Shard:
     # ---------------------------------------------------------------- background
 
     async def _housekeeping(self) -> None:
-        """Reopens tiers that were unreachable, watches the pressure, sweeps now and then."""
+        """Reopens tiers that were unreachable, watches the pressure, checks and sweeps tiers now
+        and then."""
         clock = self._seams.clock
+        check_at = clock() + _CHECK_S
         cool_at = clock() + _COOL_S
         sweep_at = clock() + _SWEEP_S * self._seams.rng.uniform(0.5, 1.0)
         while True:
@@ -526,6 +537,11 @@ class Shard:
                 for tier in self.tiers:
                     while tier.ram is not None and tier.ram.cool(_COOL_BLOCKS):
                         await asyncio.sleep(0)
+            if clock() >= check_at:
+                check_at = clock() + _CHECK_S
+                for tier in self.tiers:
+                    if tier.opened:
+                        self._tend(tier, self._check_fit)
             if clock() >= sweep_at:
                 sweep_at = clock() + _SWEEP_S
                 for tier in self.tiers:
@@ -571,6 +587,26 @@ class Shard:
         except VswapError as error:
             tier.failed(error)
             logger.warning("sweep failed", tier=tier.name, error=str(error))
+
+    async def _check_fit(self, tier: Tier) -> None:
+        """What a server holds that somebody made unfit stays readable; nothing is added to it."""
+        unfit = ""
+        try:
+            await tier.backend.check()
+        except BackendRefused as error:
+            unfit = error.message
+        except VswapError:
+            # Whoever needs it notices.
+            return
+        if unfit == tier.unfit:
+            return
+        tier.unfit = unfit
+        tier.succeeded()
+        said = "tier takes no more pages" if unfit else "tier is fit again"
+        logger.warning(said, tier=tier.name, error=unfit)
+        # What it lost by that, a listing tells.
+        tier.suspect = True
+        self.upkeep.suspect(tier)
 
     def _watch_pressure(self) -> None:
         free, total = self.usable()
