@@ -37,7 +37,8 @@ async def open_shard(
     directory.mkdir(exist_ok=True)
     shard = await Shard.open(directory, tiers, seams=seams, **more)
     try:
-        await asyncio.wait([tier.tried for tier in shard.tiers])
+        for tier in shard.tiers:
+            await asyncio.wait([tier.tried])
         yield shard
     finally:
         await shard.close()
