@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,9 +33,12 @@ def objects(path: Path, name: str = "objects", *, mib: float = 256, **more: Any)
 async def open_shard(
     directory: Path, *tiers: TierSpec, seams: Seams | None = None, **more: Any
 ) -> AsyncIterator[Shard]:
+    """Its tiers have been opened, or found not to let themselves be opened."""
     directory.mkdir(exist_ok=True)
     shard = await Shard.open(directory, tiers, seams=seams, **more)
     try:
+        for tier in shard.tiers:
+            await asyncio.wait([tier.tried])
         yield shard
     finally:
         await shard.close()

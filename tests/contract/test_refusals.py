@@ -15,6 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import redis.asyncio as aioredis
 
 from vswap.cli.embedded import EmbeddedRedis, free_port
 from vswap.tiers.backend import Read, SegmentName, prefix
@@ -48,6 +49,20 @@ async def test_a_redis_that_evicts() -> None:
         assert "noeviction" in await refused(spec(server.url))
         # Saying that it does not evict does not help where we can see that it does.
         assert "noeviction" in await refused(spec(server.url, assert_noeviction=True))
+
+
+async def test_a_redis_that_begins_to_evict() -> None:
+    with EmbeddedRedis() as server:
+        backend = make_backend(spec(server.url))
+        await backend.open()
+        await backend.check()
+        async with aioredis.from_url(server.url) as operator:
+            await operator.config_set("maxmemory-policy", "allkeys-lru")
+            with pytest.raises(BackendRefused, match="noeviction"):
+                await backend.check()
+            await operator.config_set("maxmemory-policy", "noeviction")
+        await backend.check()
+        await backend.close()
 
 
 async def test_a_redis_without_limit_needs_a_capacity() -> None:

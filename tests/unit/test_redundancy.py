@@ -34,7 +34,7 @@ class Tier:
     """A redundant backend over directories, the servers behind it, and what it tells."""
 
     def __init__(self, kind: str, path: Path) -> None:
-        count = KINDS[kind]
+        count = sum(TierSpec.model_construct(redundancy=kind).shape)
         urls = tuple(f"file://{path}/{i}" for i in range(count))
         spec = TierSpec(name="t", urls=urls, redundancy=kind, capacity_bytes=1 << 30)
         self.servers: list[Server] = []
@@ -211,16 +211,45 @@ async def test_a_range_is_found_where_no_fragment_is_whole(tmp_path: Path) -> No
         [(name, data)] = segments(1, 4000).items()
         await tier.backend.put(name, data)
         for index, offset in enumerate((10, 500, 900)):
-            place = (index + name.serial) % 6
-            path = tmp_path / str(place) / name.key
-            damaged = bytearray(path.read_bytes())
-            damaged[HEADER_BYTES + offset] ^= 1
-            path.write_bytes(damaged)
+            damage(tmp_path / str((index + name.serial) % 6) / name.key, offset)
         stripe = Shape(4000, 4).stripe
         for start in (0, stripe + 490, 2 * stripe + 880):
             read = Read(name, start, 50, 4000)
             found = [bytes(other) async for other in tier.backend.alternatives(read)]
             assert data[start : start + 50] in found
+
+
+async def test_the_right_fragments_are_found_among_many(tmp_path: Path) -> None:
+    """All of 10+5 are damaged, the first three of them in the range that is wanted."""
+    async with open_tier("rs:10+5", tmp_path) as tier:
+        [(name, data)] = segments(1, 4000).items()
+        await tier.backend.put(name, data)
+        for index in range(15):
+            # Not in the same place: the errors of two could cancel each other out.
+            offset = 110 + 10 * index if index < 3 else 300
+            damage(tmp_path / str((index + name.serial) % 15) / name.key, offset)
+        read = Read(name, 100, 50, 4000)
+        found = [bytes(other) async for other in tier.backend.alternatives(read)]
+        assert data[100:150] in found
+        assert len(found) < 300
+
+
+async def test_of_a_short_segment_the_zeros_behind_its_end_are_known(tmp_path: Path) -> None:
+    """They need no server: here two are away, and the one stripe that is not empty is damaged."""
+    async with open_tier("rs:4+2", tmp_path) as tier:
+        [(name, data)] = segments(1, 16).items()
+        await tier.backend.put(name, data)
+        damage(tmp_path / str(name.serial % 6) / name.key, 3)
+        tier.kill(*((index + name.serial) % 6 for index in (1, 2)))
+        found = [bytes(o) async for o in tier.backend.alternatives(Read(name, 0, 16, 16))]
+        assert data in found
+
+
+def damage(path: Path, offset: int) -> None:
+    """One bit of a fragment's stripe."""
+    data = bytearray(path.read_bytes())
+    data[HEADER_BYTES + offset] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("kind", KINDS)

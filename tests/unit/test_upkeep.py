@@ -17,6 +17,7 @@ from vswap.coordinator.backends import Backends
 from vswap.node.departure import Departure
 from vswap.node.directives import Directive, MoveKind
 from vswap.node.handles import SEALED
+from vswap.node.reaper import LATE_S
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.node.tier import Tier, TierState
@@ -40,6 +41,7 @@ class Cluster:
         self.urls = tuple(f"file://{path}/server-{i}" for i in range(data + spare))
         self.spec = self.spec_of(redundancy, self.urls)
         self.version = 0
+        self.late_s = LATE_S
         self.shard: Shard
 
     def spec_of(self, redundancy: str, urls: tuple[str, ...]) -> TierSpec:
@@ -69,7 +71,8 @@ class Cluster:
     async def open(self, *, mend: bool = False) -> None:
         state = self.path / "state"
         state.mkdir(exist_ok=True)
-        self.shard = await Shard.open(state, [self.spec], seams=Seams(make_backend=self.make))
+        seams = Seams(make_backend=self.make, late_s=self.late_s)
+        self.shard = await Shard.open(state, [self.spec], seams=seams)
         if not mend:
             # Repair is asked for, here.
             self.shard.reclaim.mend = lambda tier, degraded: None  # type: ignore[method-assign]
@@ -264,6 +267,33 @@ async def test_a_server_that_was_wiped_while_nobody_looked_is_noticed_at_the_sta
     assert cluster.degraded() == len(cluster.tier.segments)
 
 
+async def test_a_part_that_is_lost_while_other_servers_still_write_is_noticed(
+    cluster: Cluster,
+) -> None:
+    """It was acknowledged, and gone before the write as a whole was."""
+    cares = cluster.shard.upkeep._cares
+    await cluster.until(lambda: all(care.life for care in cares.values()))
+    slow, empty = cluster.server(0), cluster.server(1)
+    slow.gate = asyncio.Event()
+    store = asyncio.create_task(cluster.store(0, 200))
+    await cluster.until(lambda: bool(cluster.tier.writing))
+    while not await empty.keys():
+        await asyncio.sleep(0.01)
+    await empty.wipe()
+    empty.lives += 1
+    await cluster.until(lambda: cares[cluster.backend, 1].life == str(empty.lives))
+    for _ in range(20):
+        cluster.shard.upkeep.watch(cluster.tier)
+        await asyncio.sleep(0.02)
+    slow.gate.set()
+    await store
+    await cluster.audited()
+    assert cluster.degraded() == len(cluster.tier.segments) == 1
+    await cluster.repair()
+    slow.dead = True
+    await cluster.load(np.arange(200, dtype=np.uint64))
+
+
 async def test_a_torn_part_is_found_by_its_length(cluster: Cluster) -> None:
     await cluster.store()
     handle = next(iter(cluster.tier.segments))
@@ -284,6 +314,36 @@ async def test_deletes_that_a_server_missed_are_made_up_for(cluster: Cluster) ->
     cluster.server(0).dead = False
     await cluster.all_up()
     assert await cluster.server(0).keys() == set()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_part_that_lands_late_is_not_left_when_its_segment_is_gone(
+    tmp_path: Path, restarted: bool
+) -> None:
+    """Its server did not answer in time, which the others made up for; then the segment died."""
+    cluster = Cluster(tmp_path, "mirror:2")
+    cluster.late_s = 4.0
+    await cluster.open()
+    await cluster.audited()
+    slow, other = cluster.server(0), cluster.server(1)
+    slow.late = []
+    await cluster.store()
+    late, slow.late = slow.late, None
+    assert late
+    if restarted:
+        await cluster.shard.close()
+        await cluster.open()
+        slow, other = cluster.server(0), cluster.server(1)
+    await cluster.all_up()
+    await cluster.audited()
+    await cluster.shard.pager.free(cluster.shard.spaces.get("s"), np.arange(COUNT, dtype=np.uint64))
+    while await other.keys():
+        await asyncio.sleep(0.02)
+    slow.late = late
+    await slow.land()
+    await cluster.until(lambda: not cluster.tier.segments)
+    assert await cluster.keys() == [set(), set()]
+    await cluster.shard.close()
 
 
 async def test_a_copy_that_fails_its_check_is_healed_and_the_segment_rewritten(

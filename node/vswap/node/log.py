@@ -363,6 +363,8 @@ class SegmentLog:
                 await self._read_back(handle, built.data.data)
         self._tier.succeeded()
         row = self._handles.rows[handle]
+        if row["lacking"]:
+            self._reaper.stored_in_part(handle)
         row["payload"], row["records"] = built.payload_bytes, len(built.loc)
         self._handles.set_state(handle, SEALED)
         return entry.tier_words(self._tier.tag, handle, built.loc), handle

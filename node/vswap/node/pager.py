@@ -396,6 +396,11 @@ class Pager:
                         break
                 except (TierUnavailable, OutcomeUnknown):
                     break
+        untried = [tier.tried for tier in allowed if not tier.tried.done()]
+        if untried:
+            # The node was just started: what none of the others takes waits for these.
+            await asyncio.wait(untried, return_when=asyncio.FIRST_COMPLETED)
+            return await self._place_in_one(space, slots, part, records_for, patient)
         raise self._refusal(space, allowed, list(refused.values()), need)
 
     async def _write(self, space: Space, tier: Tier, records: Records, need: int) -> Placed:

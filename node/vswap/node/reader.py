@@ -6,6 +6,7 @@ all tiers read in parallel. The caller has pinned the segments.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +120,9 @@ class Reader:
     async def _fetch(
         self, tier: Tier, reads: list[Read]
     ) -> list[bytes | bytearray | memoryview | VswapError]:
+        if not tier.opened:
+            # Of a node that was just started: to its clients that is a pause, not an error.
+            await asyncio.wait([tier.tried])
         if not tier.opened:
             gone = TierUnavailable(f"tier {tier.name} is not reachable: {tier.error}")
             return [gone] * len(reads)

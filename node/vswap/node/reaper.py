@@ -1,15 +1,18 @@
 """The reaper: deletes segments that nothing points at and nobody reads.
 
 A segment goes SEALED (or OPEN) -> DELETING -> deleted on the backend -> FREE. Deletion is off every
-other path, batched per tier, and repeated until the backend confirms it.
+other path, batched, and repeated until the backend confirms it. Each tier has a task of its own, so
+that one which does not answer holds up its own segments alone.
 
 What was given up while it was being written may still land: it is deleted at once, its row kept for
-a while, and deleted once more. So a tier is not empty before nothing can land there any more.
+a while, and deleted once more. The same is done with a segment that dies soon after it was stored
+without some server's part. So a tier is not empty before nothing can land there any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 
 import structlog
@@ -39,21 +42,25 @@ class Reaper:
         self._tier_of = tier_of
         self._clock = clock
         self._late_s = late_s
-        self._queue: dict[int, float] = {}
-        """And when each may be forgotten."""
-        self._wake = asyncio.Event()
+        self._queues: defaultdict[Tier, dict[int, float]] = defaultdict(dict)
+        """By tier: segments, and when each may be forgotten."""
+        self._late: dict[int, float] = {}
+        """Segments of which a part may still land, and until when; oldest first."""
+        self._began_s = clock()
+        self._tasks: dict[Tier, asyncio.Task[None]] = {}
+        self._started = False
         self.is_head: Callable[[int], bool] = lambda handle: False
 
     @property
     def pending(self) -> int:
         """Segments whose deletion has not been confirmed."""
-        return len(self._queue)
+        return sum(map(len, self._queues.values()))
 
-    def pending_in(self, tag: int) -> int:
-        return sum(int(self._handles.rows["tag"][handle]) == tag for handle in self._queue)
+    def pending_in(self, tier: Tier) -> int:
+        return len(self._queues.get(tier, ()))
 
     def will_delete(self, handle: int) -> bool:
-        return handle in self._queue
+        return handle in self._queues.get(self._tier_of(handle), ())
 
     def unpin(self, handle: int) -> None:
         self._handles.pins[handle] -= 1
@@ -79,35 +86,71 @@ class Reaper:
             tier.ram.release(tier.segment_name(handle))
             self._forget(tier, handle)
         else:
-            self.delete_later(handle)
+            self.delete_later(handle, may_land=self._may_land(handle))
+
+    def stored_in_part(self, handle: int) -> None:
+        """A segment was stored, and what some server did not take of it may still land there."""
+        now = self._clock()
+        while self._late and (oldest := next(iter(self._late.items())))[1] <= now:
+            del self._late[oldest[0]]
+        self._late[handle] = now + self._late_s
+
+    def _may_land(self, handle: int) -> bool:
+        """Whether a part of a segment may land after it was deleted. Of an earlier life nobody
+        knows how old they are."""
+        until = self._late.pop(handle, None)
+        if until is None and self._handles.rows["lacking"][handle]:
+            until = self._began_s + self._late_s
+        return until is not None and until > self._clock()
 
     def delete_later(self, handle: int, *, may_land: bool = False) -> None:
         """Queues a segment in state DELETING. ``may_land``: its write may still be under way."""
-        self._queue[handle] = self._clock() + self._late_s if may_land else 0.0
-        self._wake.set()
+        tier = self._tier_of(handle)
+        self._queues[tier][handle] = self._clock() + self._late_s if may_land else 0.0
+        self._work_on(tier)
 
-    async def run(self) -> None:
-        """Deletes what is queued, for ever."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if not await self.pass_once():
-                await asyncio.sleep(_RETRY_S)
-                self._wake.set()
+    def start(self) -> None:
+        """From here on what is queued is deleted."""
+        self._started = True
+        for tier in self._queues:
+            self._work_on(tier)
+
+    async def close(self) -> None:
+        self._started = False
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _work_on(self, tier: Tier) -> None:
+        if self._started and tier not in self._tasks:
+            self._tasks[tier] = asyncio.create_task(self._run(tier))
+
+    async def _run(self, tier: Tier) -> None:
+        """Until nothing of the tier is queued."""
+        try:
+            while self._queues[tier]:
+                try:
+                    done = await self._delete(tier)
+                except Exception:
+                    logger.exception("deleting failed unexpectedly", tier=tier.name)
+                    done = False
+                if not done:
+                    await asyncio.sleep(_RETRY_S)
+            del self._queues[tier]
+        finally:
+            del self._tasks[tier]
 
     async def pass_once(self) -> bool:
         """One attempt at everything queued; False if some of it must be tried again."""
-        by_tier: dict[Tier, list[int]] = {}
-        for handle in self._queue:
-            by_tier.setdefault(self._tier_of(handle), []).append(handle)
-        done = await asyncio.gather(*(self._delete(t, hs) for t, hs in by_tier.items()))
-        return all(done)
+        return all(await asyncio.gather(*map(self._delete, list(self._queues))))
 
-    async def _delete(self, tier: Tier, handles: list[int]) -> bool:
+    async def _delete(self, tier: Tier) -> bool:
         if not tier.opened or tier.fenced:
             # Failing here would put off its opening, again and again.
             return False
-        done = True
+        queue, done = self._queues[tier], True
+        handles = list(queue)
         for start in range(0, len(handles), _BATCH):
             batch = handles[start : start + _BATCH]
             began_s = self._clock()
@@ -119,20 +162,21 @@ class Reaper:
                 logger.warning("delete failed, will repeat", tier=tier.name, error=str(error))
                 return False
             for handle, name in zip(batch, names, strict=True):
-                if handle in self._queue and tier.segment_name(handle) == name:
-                    if self._queue[handle] > began_s:
+                if handle in queue and tier.segment_name(handle) == name:
+                    if queue[handle] > began_s:
                         done = False
                         continue
-                    del self._queue[handle]
+                    del queue[handle]
                     self._forget(tier, handle)
         return done
 
     def abandon(self, tier: Tier) -> None:
         """Forgets dead segments of a tier that is gone, whether they are deleted or not. Should it
         come back, a sweep finds them."""
-        for handle in [h for h in self._queue if self._tier_of(h) is tier]:
+        queue = self._queues.get(tier, {})
+        for handle in list(queue):
             if not self._handles.pins[handle]:
-                del self._queue[handle]
+                del queue[handle]
                 self._forget(tier, handle)
 
     def _forget(self, tier: Tier, handle: int) -> None:

@@ -70,7 +70,7 @@ def tier_usage(tier: Tier, ledger: Ledger, reaper: Reaper, upkeep: Upkeep) -> Ti
         segments=len(tier.segments),
         limit_bytes=tier.limit_bytes,
         quarantined=tier.quarantined,
-        deleting=reaper.pending_in(tier.tag),
+        deleting=reaper.pending_in(tier),
         available=tier.available,
         local=tier.local,
         state=tier.state,

@@ -11,6 +11,7 @@ import asyncio
 import mmap
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -48,7 +49,14 @@ from vswap.tiers.spec import TierSpec
 from vswap.tiers.unmade import Unmade
 from vswap.tiers.wrappers.guarded import Guarded
 from vswap.tiers.wrappers.metered import Metered
-from vswap.wire.errors import AlreadyExists, BadConfig, Refused, StateInvalid, VswapError
+from vswap.wire.errors import (
+    AlreadyExists,
+    BackendRefused,
+    BadConfig,
+    Refused,
+    StateInvalid,
+    VswapError,
+)
 
 TIERS_FILE = "tiers.json"
 TIERS_VERSION = 1
@@ -58,6 +66,8 @@ _COOL_S = 60.0
 """So long free blocks of RAM keep their memory. It goes sooner where shared memory runs out."""
 _COOL_BLOCKS = 8
 _SWEEP_S = 600.0
+_CHECK_S = 10.0
+"""So often servers are asked whether somebody changed them."""
 _PRESSURE = (0.80, 0.95)
 
 logger = structlog.get_logger("vswap.node.shard")
@@ -76,6 +86,8 @@ class Shard:
         self._configured: list[tuple[TierSpec, TierState]] = []
         self.generation = 0
         self._background: set[asyncio.Task[None]] = set()
+        self._tending: dict[Tier, asyncio.Task[Any]] = {}
+        """Who opens or sweeps a tier, beside the others: one that does not answer holds up none."""
         self._meters: dict[str, Metered] = {}
         self._pressure_level = 0
         self.events: Counter[str] = Counter()
@@ -97,8 +109,9 @@ class Shard:
         """Opens the shard in ``state_dir`` (which the caller has locked), or starts a new one.
 
         ``tiers`` are the node's own. ``fresh`` forgets what is there. State of an earlier boot is
-        gone with the host's memory: the shard begins anew. Raises StateInvalid where the state is
-        damaged or of another version.
+        gone with the host's memory: the shard begins anew. Tiers that it had before are opened in
+        the background. Raises StateInvalid where the state is damaged or of another version, and
+        what the backend of a new tier says.
         """
         self = cls(state_dir, seams or Seams(), exclusive_timeout_s=exclusive_timeout_s)
         await self._open(list(tiers), fresh=fresh)
@@ -125,6 +138,7 @@ class Shard:
         if not new:
             self._load_tiers()
         self._save_tiers()
+        unknown = [spec.name for spec in specs if spec.name not in self._tags]
         for spec in specs:
             self._add_tier(spec, TierState.ACTIVE, local=True)
         for spec, state in self._configured:
@@ -132,13 +146,25 @@ class Shard:
         if not new:
             recover(self.handles, self.ledger, self.spaces, self.tiers, self.reaper)
         self.handles.begin_life()
-        problems = await asyncio.gather(*map(self._open_backend, self.tiers))
-        for tier, problem in zip(self.tiers, problems, strict=True):
-            # A tier that holds pages already may come back; the others are served meanwhile.
-            if problem is not None and tier.local and not tier.segments:
-                raise type(problem)(f"tier {tier.name}: {problem}", **problem.fields)
-        for work in (self.reaper.run, self.promoter.run, self._housekeeping):
+        await self._open_first(unknown)
+        self.reaper.start()
+        for tier in self.tiers:
+            if not tier.opened:
+                self._tend(tier, self._open_backend)
+        for work in (self.promoter.run, self._housekeeping):
             self._spawn(work)
+
+    async def _open_first(self, unknown: list[str]) -> None:
+        """Opens RAM, and own tiers that this node never had: a wrong URL is told at once. Pages
+        elsewhere are no reason to wait for a server that may not answer."""
+        first = [tier for tier in self.tiers if tier.ram is not None or tier.name in unknown]
+        problems = await asyncio.gather(*(self._tend(tier, self._open_backend) for tier in first))
+        for tier, problem in zip(first, problems, strict=True):
+            if problem is not None:
+                for name in unknown:
+                    del self._tags[name]
+                self._save_tiers()
+                raise type(problem)(f"tier {tier.name}: {problem}", **problem.fields)
 
     def erase(self) -> None:
         """Removes the state of another life, or of this one once it is closed.
@@ -213,8 +239,9 @@ class Shard:
         self.reclaim.closed = True
         await self.directives.close()
         await self.upkeep.close()
+        await self.reaper.close()
         await self.reclaim.close()
-        tasks = list(self._background)
+        tasks = [*self._background, *self._tending.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -303,6 +330,8 @@ class Shard:
             del self._tags[tier.name]
             self._meters.pop(tier.name, None)
             self.upkeep.forget(tier)
+            if tier in self._tending:
+                self._tending[tier].cancel()
             if self._seams.faults is not None:
                 self._seams.faults.forget(tier.name)
             await tier.backend.close()
@@ -317,7 +346,7 @@ class Shard:
         self.tiers.sort()
         self._configured = tiers
         self._save_tiers()
-        await asyncio.gather(*(self._open_backend(tier) for tier in added))
+        await asyncio.gather(*(self._tend(tier, self._open_backend) for tier in added))
         for tier in self.tiers:
             while tier.state is not TierState.ACTIVE and tier.writing:
                 await asyncio.sleep(0.005)
@@ -488,8 +517,10 @@ class Shard:
     # ---------------------------------------------------------------- background
 
     async def _housekeeping(self) -> None:
-        """Reopens tiers that were unreachable, watches the pressure, sweeps now and then."""
+        """Reopens tiers that were unreachable, watches the pressure, checks and sweeps tiers now
+        and then."""
         clock = self._seams.clock
+        check_at = clock() + _CHECK_S
         cool_at = clock() + _COOL_S
         sweep_at = clock() + _SWEEP_S * self._seams.rng.uniform(0.5, 1.0)
         while True:
@@ -497,15 +528,11 @@ class Shard:
             self.reclaim.poke()
             for tier in self.tiers:
                 if not tier.opened and not tier.sick_for_s:
-                    await self._open_backend(tier)
+                    self._tend(tier, self._open_backend)
                 self._regrow(tier)
                 self.upkeep.watch(tier)
                 if tier.opened and tier.suspect and not tier.sick_for_s and not tier.redundant:
-                    # Beside the others, which must not wait for a server that may not answer.
-                    tier.suspect = False
-                    task = asyncio.create_task(self._sweep_quietly(tier))
-                    self._background.add(task)
-                    task.add_done_callback(self._background.discard)
+                    self._tend(tier, self._sweep_quietly)
                 if tier.local:
                     self.reclaim.mend(tier, self.upkeep.repairable(tier))
                 self._grants.ahead(tier)
@@ -516,12 +543,34 @@ class Shard:
                 for tier in self.tiers:
                     while tier.ram is not None and tier.ram.cool(_COOL_BLOCKS):
                         await asyncio.sleep(0)
+            if clock() >= check_at:
+                check_at = clock() + _CHECK_S
+                for tier in self.tiers:
+                    if tier.opened:
+                        self._tend(tier, self._check_fit)
             if clock() >= sweep_at:
                 sweep_at = clock() + _SWEEP_S
                 for tier in self.tiers:
                     if tier.opened:
-                        await self._sweep_quietly(tier)
+                        self._tend(tier, self._sweep_quietly)
                         self.upkeep.suspect(tier)
+
+    def _tend(
+        self, tier: Tier, work: Callable[[Tier], Coroutine[Any, Any, Any]]
+    ) -> asyncio.Task[Any]:
+        """Starts work on a tier, unless some is under way; the task of what is."""
+        task = self._tending.get(tier)
+        if task is None:
+            task = self._tending[tier] = asyncio.create_task(work(tier))
+            task.add_done_callback(partial(self._tended, tier))
+        return task
+
+    def _tended(self, tier: Tier, task: asyncio.Task[Any]) -> None:
+        del self._tending[tier]
+        if not tier.tried.done():
+            tier.tried.set_result(None)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("tending a tier failed unexpectedly", exc_info=task.exception())
 
     def _regrow(self, tier: Tier) -> None:
         """Gives a RAM tier its capacity back that found shared memory full some time ago."""
@@ -538,11 +587,32 @@ class Shard:
             logger.info("swept segments that nothing knew", tier=tier.name, segments=swept)
 
     async def _sweep_quietly(self, tier: Tier) -> None:
+        tier.suspect = False
         try:
             await self.sweep(tier)
         except VswapError as error:
             tier.failed(error)
             logger.warning("sweep failed", tier=tier.name, error=str(error))
+
+    async def _check_fit(self, tier: Tier) -> None:
+        """What a server holds that somebody made unfit stays readable; nothing is added to it."""
+        unfit = ""
+        try:
+            await tier.backend.check()
+        except BackendRefused as error:
+            unfit = error.message
+        except VswapError:
+            # Whoever needs it notices.
+            return
+        if unfit == tier.unfit:
+            return
+        tier.unfit = unfit
+        tier.succeeded()
+        said = "tier takes no more pages" if unfit else "tier is fit again"
+        logger.warning(said, tier=tier.name, error=unfit)
+        # What it lost by that, a listing tells.
+        tier.suspect = True
+        self.upkeep.suspect(tier)
 
     def _watch_pressure(self) -> None:
         free, total = self.usable()

@@ -65,6 +65,8 @@ class Tier:
         self.opened = False
         self.fenced = False
         """What lies here may be of a newer life of this shard: nothing is deleted."""
+        self.tried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done once it was tried to open the backend: whoever needs it waits so long, no longer."""
         self.quarantined = 0
         self.missing: dict[int, int] = {}
         """Segments (handle -> word of the row) that the last listing of the backend lacked."""
@@ -83,6 +85,8 @@ class Tier:
         """For people, without the tier's name: why it is passed over, or smaller than it should be.
 
         Empty where all is well."""
+        self.unfit = ""
+        """Why nothing may be written there, though it answers: it could be lost."""
 
     def __repr__(self) -> str:
         return f"<tier {self.name} tag {self.tag}>"
@@ -145,17 +149,18 @@ class Tier:
 
     @property
     def writable(self) -> bool:
-        """Takes new segments: active, opened, and not passed over because of errors."""
-        return self.state is TierState.ACTIVE and self.opened and self._clock() >= self._sick_until
+        """Takes new segments: active, opened, fit, and not passed over because of errors."""
+        well = self.opened and not self.unfit and self._clock() >= self._sick_until
+        return well and self.state is TierState.ACTIVE
 
     @property
     def available(self) -> bool:
-        return self.opened and self._failures == 0
+        return self.opened and not self.unfit and self._failures == 0
 
     def succeeded(self) -> None:
         self._failures = 0
         self._sick_until = 0.0
-        self.error = ""
+        self.error = self.unfit
 
     def failed(self, error: BaseException) -> None:
         """Passes the tier over for a while: exponential, with jitter."""

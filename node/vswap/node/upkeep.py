@@ -7,8 +7,10 @@ outlives the daemon. Repair is to evacuate degraded segments into their own tier
 A server that is down serves nobody until its *audit*: the shard lists its own prefix there, deletes
 what is in no row (deletes that the server missed), and notes every segment whose part is missing or
 of another length (writes that it missed; all of them, where it lost its memory or is another server
-in the place of one). The same is done for each server when the shard opens, and for one of which a
-reader found a part missing that should be there, or that was started again unseen.
+in the place of one). Writes that are under way when it begins are waited for: of these, too, the
+server may have acknowledged its part, and lost it since. The same is done for each server when the
+shard opens, and for one of which a reader found a part missing that should be there, or that was
+started again unseen.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from itertools import islice
 import numpy as np
 import structlog
 
-from vswap.node.handles import SEALED, STATE_BITS, Handles
+from vswap.node.handles import SEALED, STATE_BITS, WRITING, Handles
 from vswap.node.tier import Tier
 from vswap.tiers.backend import SegmentName, prefix
 from vswap.tiers.record import I64, U64, Mask
@@ -35,6 +37,7 @@ _BACKOFF_MOST_S = 10.0
 _STEADY_S = 30.0
 """Up for so long, a server is no longer one that keeps failing."""
 _PULSE_S = 1.0
+_WRITES_S = 0.02
 _NEWEST = 64
 _BATCH = 256
 
@@ -232,6 +235,7 @@ class Upkeep:
     async def _audit(self, tier: Tier, backend: Redundant, place: int) -> int:
         """Holds what a server lists against the rows; returns how many parts it newly lacks."""
         handles, member = self._handles, backend.members[place].backend
+        await self._writes_end(tier)
         # A serial taken from here on is not a stray even if it shows up in the listing.
         next_serial = handles.next_serial()
         before = np.fromiter(tier.segments, np.int64, len(tier.segments))
@@ -257,6 +261,14 @@ class Upkeep:
             for serial in strays:
                 del listed[serial]
         return missing
+
+    async def _writes_end(self, tier: Tier) -> None:
+        """Waits for the writes that are under way now; each has its deadline."""
+        own = np.fromiter(tier.segments, np.int64, len(tier.segments))
+        own = own[self._handles.states(own) == WRITING]
+        words: U64 = self._handles.rows["word"][own].copy()
+        while (self._handles.rows["word"][own] == words).any():
+            await asyncio.sleep(_WRITES_S)
 
     def _lacks(
         self, tier: Tier, backend: Redundant, place: int, handles: I64, words: U64,

@@ -156,6 +156,13 @@ class Backend(abc.ABC):
     async def usage(self) -> Usage:
         """The server's own view of its memory or disk. Raises TierUnavailable."""
 
+    async def check(self) -> None:
+        """Whether the server is as fit as it was when it was opened; somebody may have changed it.
+
+        Raises BackendRefused, or TierUnavailable.
+        """
+        return
+
     async def life(self) -> str:
         """Names the server's present life: in another one it may have lost what it held.
 

@@ -57,6 +57,9 @@ class RedisBackend(Backend):
     # ---------------------------------------------------------------- open
 
     async def open(self) -> None:
+        await self.check()
+
+    async def check(self) -> None:
         try:
             info = await self._info()
         except TierUnavailable as error:

@@ -156,6 +156,18 @@ class Redundant(Backend):
             refused = [error for error in failures if isinstance(error, BackendRefused)]
             raise (refused or failures)[0]
 
+    async def check(self) -> None:
+        """Leaves out members that became unfit, as long as there are enough others."""
+        for place in [place for place, member in enumerate(self.members) if member.up]:
+            try:
+                await self.members[place].backend.check()
+            except BackendRefused as error:
+                if len(self.members) - self.down.bit_count() <= self.need:
+                    raise
+                self.failed(place, error)
+            except VswapError as error:
+                self.failed(place, error)
+
     async def close(self) -> None:
         await asyncio.gather(*(member.backend.close() for member in self.members))
 

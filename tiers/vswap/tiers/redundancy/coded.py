@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, islice
+from random import Random
 
 import zfec
 
@@ -24,7 +25,10 @@ _SLACK_BYTES = 8192
 """For what is left free at the end of stripes, lest a record lie across a cut."""
 _TURN_BYTES = 32 * 1024
 """Bytes of each fragment that are coded in one turn of the loop: some 0.1 ms."""
-_SUBSETS = 64
+_SUBSETS = 256
+"""So many sets of fragments are tried for a range of which too few are known to be right. Of
+rs:10+5 with all 15 damaged, three of them in that very range, they find it in 299 of 300 cases. All
+3003 sets would cost the node a second for each page that is lost."""
 
 
 def segment_bytes(member_bytes: int, k: int) -> int:
@@ -214,10 +218,7 @@ class Coded(Redundant):
         own = piece.index
         if not piece.asked and self.members[self._place(piece.name, own)].up:
             return [own]
-        for index in range(self.k):
-            if piece.shape.size(index) <= piece.offset:
-                # Of a short segment: the end of the last stripes is nothing but zeros.
-                piece.have[index] = bytes(piece.length)
+        piece.have |= _zeros(piece, self.k)
         missing = self.k - len(piece.have)
         others = [
             index for index in self._askable(piece.name)
@@ -273,12 +274,14 @@ class Coded(Redundant):
         [shape] = await self._shapes([read])
         if isinstance(shape, VswapError):
             return
-        good = await self._from_good(read, shape)
-        if good is not None:
-            yield good
+        good, _ = await self._good(read.name, shape)
+        if len(good) >= self.k:
+            # These are what was written: nothing else can be any better.
+            yield await self._from_good(read, shape, good)
+            return
         pieces = list(self._cut(read, shape))
         if len(pieces) == 1:
-            async for other in self._from_any(pieces[0]):
+            async for other in self._from_any(pieces[0], good):
                 yield other
 
     async def verify(self, name: SegmentName, whole: int) -> int:
@@ -302,27 +305,45 @@ class Coded(Redundant):
             self.on_damage(name, bad)
         return good, bad
 
-    async def _from_good(self, read: Read, shape: Shape) -> Buffer | None:
-        good, _ = await self._good(read.name, shape)
-        if len(good) < self.k:
-            return None
+    async def _from_good(self, read: Read, shape: Shape, good: dict[int, Buffer]) -> Buffer:
         stripes = [
             await self._decode(_Piece(read.name, shape, index, 0, shape.stripe, dict(good)))
             for index in range(self.k)
         ]
         return b"".join(stripes)[read.offset : read.offset + read.length]
 
-    async def _from_any(self, piece: _Piece) -> AsyncIterator[Buffer]:
-        """What each K of the fragments say, beginning with the one itself."""
-        some = [i for i in self._askable(piece.name) if piece.shape.size(i) > piece.offset]
+    async def _from_any(self, piece: _Piece, good: dict[int, Buffer]) -> AsyncIterator[Buffer]:
+        """What the range may be: as it is stored, then by what is known to be right together with
+        sets of what may be: a fragment that is bad somewhere is mostly right here."""
+        end = piece.offset + piece.length
+        known: dict[int, Buffer] = {
+            index: memoryview(stripe)[piece.offset : end] for index, stripe in good.items()
+        }
+        known |= _zeros(piece, self.k)
+        if piece.index in known:
+            yield known[piece.index]
+            return
+        some = [index for index in self._askable(piece.name) if index not in known]
         await self._ask_for([(piece, index) for index in some])
-        own = piece.have.pop(piece.index, None)
-        if own is not None:
-            yield own
-        for subset in islice(combinations(sorted(piece.have), self.k), _SUBSETS):
-            chosen = {index: piece.have[index] for index in subset}
+        if piece.index in piece.have:
+            yield piece.have.pop(piece.index)
+        for subset in _some_sets(sorted(piece.have), max(self.k - len(known), 0)):
+            chosen = known | {index: piece.have[index] for index in subset}
             again = _Piece(piece.name, piece.shape, piece.index, piece.offset, piece.length, chosen)
             yield await self._decode(again)
+
+
+def _zeros(piece: _Piece, k: int) -> dict[int, Buffer]:
+    """Of a short segment: the end of the last stripes is nothing but zeros."""
+    ended = [index for index in range(k) if piece.shape.size(index) <= piece.offset]
+    return {index: bytes(piece.length) for index in ended}
+
+
+def _some_sets(items: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Sets of ``count`` items, drawn: in their own order the first ones all begin alike."""
+    every = list(combinations(items, count))
+    Random(0).shuffle(every)
+    return every[:_SUBSETS]
 
 
 def _range(piece: _Piece, index: int) -> Read:

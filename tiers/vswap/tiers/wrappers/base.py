@@ -43,5 +43,8 @@ class Wrapper(Backend):
     async def usage(self) -> Usage:
         return await self.inner.usage()
 
+    async def check(self) -> None:
+        await self.inner.check()
+
     async def life(self) -> str:
         return await self.inner.life()

@@ -90,3 +90,7 @@ class Guarded(Wrapper):
     async def usage(self) -> Usage:
         with self._call(self.reach):
             return await self.inner.usage()
+
+    async def check(self) -> None:
+        with self._call(self.reach):
+            await self.inner.check()
