@@ -15,7 +15,9 @@ DELETING      nothing points at it; the backend may or may not have it still
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
+from pathlib import Path
 from uuid import UUID
 
 import numpy as np
@@ -36,8 +38,11 @@ DAMAGED = 1 << 15
 the servers of a redundant tier, by place: that one's part is missing."""
 
 MAGIC = b"VSWAPSHD"
-VERSION = 2
+VERSION = 3
 FILE = "shard"
+UNBEGUN = "unbegun"
+"""A file that is there as long as nothing else in the directory counts: while it is erased, and
+until the first life has begun. Without it whatever is missing or half is damage."""
 _HEADER_BYTES = 4096
 _CHUNK_ROWS = 1024
 
@@ -45,7 +50,7 @@ _HEADER = np.dtype(
     [
         ("magic", "S8"),
         ("version", "<u4"),
-        ("_reserved", "<u4"),
+        ("check", "<u4"),
         ("shard", "V16"),
         ("cluster", "V16"),
         ("boot", "V16"),
@@ -77,20 +82,35 @@ def boot_id() -> bytes:
 
 
 def begun(region: Region) -> bool:
-    """Whether a shard is there. The magic comes last, so half of a first start does not count.
+    """Whether a shard is there.
 
     Raises StateInvalid where only the rest of one is there: its pages would be lost unsaid.
     """
-    if not region.exists(FILE):
-        if any(region.directory.glob("*.table")):
-            raise StateInvalid(
-                f"{region.directory / FILE} is missing, though tables are there; put it back, or "
-                "start with --fresh and lose the pages",
-                path=str(region.directory / FILE),
-            )
+    if region.exists(UNBEGUN) or not state_files(region):
         return False
-    with open(region.directory / FILE, "rb") as file:
-        return any(file.read(len(MAGIC)))
+    if not region.exists(FILE):
+        raise StateInvalid(
+            f"{region.directory / FILE} is missing, though other files of a node are there; put "
+            "it back, or start with --fresh and lose the pages",
+            path=str(region.directory / FILE),
+        )
+    return True
+
+
+def state_files(region: Region) -> list[Path]:
+    """The files of a shard's state that are there, without :data:`UNBEGUN`."""
+    return [
+        path
+        for path in region.directory.iterdir()
+        if path.name == FILE or path.suffix in (".table", ".heat", ".arena", ".json", ".new")
+    ]
+
+
+def erase(region: Region) -> None:
+    """Removes the state of a life. Killed at any point, the next start begins anew."""
+    (region.directory / UNBEGUN).touch()
+    for path in state_files(region):
+        path.unlink()
 
 
 class Handles:
@@ -131,7 +151,13 @@ class Handles:
         header = self._header[0]
         header["shard"], header["boot"] = np.void(shard.bytes), np.void(boot)
         header["version"], header["next_serial"], header["next_sequence"] = VERSION, 1, 1
+        header["check"] = self._sum()
         header["magic"] = MAGIC
+
+    def _sum(self) -> int:
+        """Of what never changes in the header."""
+        header = self._header[0]
+        return zlib.crc32(header["shard"].tobytes() + header["boot"].tobytes())
 
     def _check(self) -> None:
         path = str(self._map.path)
@@ -144,6 +170,16 @@ class Handles:
                 "run the other version, or start with --fresh and lose its pages",
                 path=path,
             )
+        header = self._header[0]
+        counts = ("incarnation", "next_serial", "next_sequence")
+        if header["check"] != self._sum() or not all(header[name] for name in counts):
+            raise self._damaged("its header")
+
+    def _damaged(self, what: str) -> StateInvalid:
+        path = str(self._map.path)
+        return StateInvalid(
+            f"{path} is damaged ({what}); start with --fresh and lose the pages", path=path
+        )
 
     def _load(self) -> None:
         last = 0
@@ -155,6 +191,8 @@ class Handles:
         while self._allocated < last:
             self._grow()
         serials = self.rows["word"][: self._allocated] >> np.uint64(STATE_BITS)
+        if last and int(serials.max()) >= self.next_serial():
+            raise self._damaged(f"serial {serials.max()} is there, {self.next_serial()} is next")
         self.salts[:] = salts(self._key, serials)
         self._free.clear()
         states = self.states(np.arange(self._allocated))

@@ -27,7 +27,7 @@ from vswap.node.differences import Checked
 from vswap.node.directives import Directives
 from vswap.node.evacuator import Evacuator
 from vswap.node.grants import Grants
-from vswap.node.handles import FILE, Handles, begun, boot_id
+from vswap.node.handles import UNBEGUN, Handles, begun, boot_id, erase
 from vswap.node.ledger import Ledger
 from vswap.node.log import RamLog, SegmentLog
 from vswap.node.pager import Pager
@@ -111,14 +111,11 @@ class Shard:
             if self.handles.boot != boot_id():
                 logger.warning("the host was rebooted: its pages are gone, starting anew")
                 new = True
-            # A first start that never got as far as serving has no pages, and maybe half its files.
-            new = new or self.handles.incarnation == 0
-            if new:
                 self.handles.close()
         if new:
-            self.erase()
+            erase(self._region)
             self.handles = Handles(self._region, fresh=(self._seams.new_uuid(), boot_id()))
-        self.spaces = Spaces(self._region, fresh=new)
+        self.spaces = Spaces(self._region, self.handles.shard, fresh=new)
         self.tiers = Tiers()
         self.ledger = Ledger(self.handles, self.spaces)
         self._assemble()
@@ -132,6 +129,8 @@ class Shard:
         if not new:
             recover(self.handles, self.ledger, self.spaces, self.tiers, self.reaper)
         self.handles.begin_life()
+        if new:
+            self._region.remove(UNBEGUN)
         problems = await asyncio.gather(*map(self._open_backend, self.tiers))
         for tier, problem in zip(self.tiers, problems, strict=True):
             # A tier that holds pages already may come back; the others are served meanwhile.
@@ -141,15 +140,9 @@ class Shard:
             self._spawn(work)
 
     def erase(self) -> None:
-        """Removes the state of another life, or of this one once it is closed.
-
-        Its segments on backends stay.
-        """
-        for path in self._directory.iterdir():
-            if path.name.endswith((".table", ".heat", ".arena", ".json", ".new")) or (
-                path.name == FILE
-            ):
-                path.unlink()
+        """Removes the state of this life, once it is closed. Its segments on backends stay."""
+        erase(self._region)
+        self._region.remove(UNBEGUN)
 
     def _assemble(self) -> None:
         seams, handles, ledger, tiers = self._seams, self.handles, self.ledger, self.tiers
@@ -396,7 +389,7 @@ class Shard:
         blocks = rows["block"][rows["tag"] == tag]
         if blocks.size and (int(blocks.max()) + 1) * block_size(old) > old:
             raise StateInvalid(f"{name} is shorter than what lies in it; --fresh starts empty")
-        return RamBackend(self._region.open(name, capacity), capacity)
+        return RamBackend(self._region.open(name, capacity, grow=True), capacity)
 
     async def _open_backend(self, tier: Tier) -> VswapError | None:
         known = tier.error
