@@ -23,7 +23,7 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
-from vswap.node.entry import MAX_HANDLES
+from vswap.node.entry import MAX_HANDLES, TAGS
 from vswap.tiers.backend import SegmentName
 from vswap.tiers.record import I64, U64, salt, salts
 from vswap.tiers.region import Region
@@ -57,6 +57,7 @@ _HEADER = np.dtype(
         ("incarnation", "<u8"),
         ("next_serial", "<u8"),
         ("next_sequence", "<u8"),
+        ("granted", "<u8", (TAGS,)),
     ]
 )
 _ROW = np.dtype(
@@ -219,6 +220,12 @@ class Handles:
 
     def begin_life(self) -> None:
         self._header["incarnation"][0] += 1
+
+    @property
+    def granted(self) -> U64:
+        """By tag, the bytes that the coordinator lets the shard hold in a tier of the cluster."""
+        granted: U64 = self._header["granted"][0]
+        return granted
 
     def take_sequences(self, count: int) -> int:
         """The first of ``count`` fresh sequence numbers."""

@@ -179,7 +179,7 @@ class Shard:
         self.promoter = Promoter(handles, ledger, tiers, codecs, reader, self.reaper)
         self.pager = Pager(
             handles, ledger, tiers, codecs, reader, self.reaper, clock=seams.clock,
-            make_room=self.reclaim.make_room, want_grant=self._grants.want,
+            make_room=self.reclaim.make_room, grants=self._grants,
             exclusive_timeout_s=self._exclusive_timeout_s,
         )  # fmt: skip
         self.pager.on_hot = self.promoter.offer
@@ -331,6 +331,7 @@ class Shard:
         if tag is None:
             tag = self.tiers.free_tag(set(self._tags.values()))
             self._tags[spec.name] = tag
+            self.handles.granted[tag] = 0
             self._save_tiers()
         try:
             backend = self._make_backend(spec, tag)
