@@ -43,6 +43,9 @@ FILE = "shard"
 UNBEGUN = "unbegun"
 """A file that is there as long as nothing else in the directory counts: while it is erased, and
 until the first life has begun. Without it whatever is missing or half is damage."""
+FORMER = "former-"
+"""Empty files of this name and a uuid: shards whose state was here, and of which something may be
+left on the node's own tiers (see `former.py`)."""
 _HEADER_BYTES = 4096
 _CHUNK_ROWS = 1024
 
@@ -107,9 +110,31 @@ def state_files(region: Region) -> list[Path]:
     ]
 
 
-def erase(region: Region) -> None:
-    """Removes the state of a life. Killed at any point, the next start begins anew."""
+def shard_of(region: Region) -> UUID | None:
+    """Whose state is there, where its header can be believed."""
+    if not region.exists(FILE) or region.size(FILE) < _HEADER_BYTES:
+        return None
+    header = np.fromfile(region.directory / FILE, _HEADER, 1)[0]
+    if header["magic"] != MAGIC or header["version"] != VERSION or header["check"] != _sum(header):
+        return None
+    return UUID(bytes=header["shard"].tobytes())
+
+
+def _sum(header: np.void) -> int:
+    """Of what never changes in it."""
+    return zlib.crc32(header["shard"].tobytes() + header["boot"].tobytes())
+
+
+def erase(region: Region, *, left: bool = False) -> None:
+    """Removes the state of a life. Killed at any point, the next start begins anew.
+
+    Unless the shard has ``left`` its tiers empty, it is noted that there may be something of it.
+    """
     (region.directory / UNBEGUN).touch()
+    shard = None if left else shard_of(region)
+    if shard is not None:
+        # A file without content is made also where memory is full.
+        (region.directory / f"{FORMER}{shard}").touch()
     for path in state_files(region):
         path.unlink()
 
@@ -152,13 +177,8 @@ class Handles:
         header = self._header[0]
         header["shard"], header["boot"] = np.void(shard.bytes), np.void(boot)
         header["version"], header["next_serial"], header["next_sequence"] = VERSION, 1, 1
-        header["check"] = self._sum()
+        header["check"] = _sum(header)
         header["magic"] = MAGIC
-
-    def _sum(self) -> int:
-        """Of what never changes in the header."""
-        header = self._header[0]
-        return zlib.crc32(header["shard"].tobytes() + header["boot"].tobytes())
 
     def _check(self) -> None:
         path = str(self._map.path)
@@ -173,7 +193,7 @@ class Handles:
             )
         header = self._header[0]
         counts = ("incarnation", "next_serial", "next_sequence")
-        if header["check"] != self._sum() or not all(header[name] for name in counts):
+        if header["check"] != _sum(header) or not all(header[name] for name in counts):
             raise self._damaged("its header")
 
     def _damaged(self, what: str) -> StateInvalid:

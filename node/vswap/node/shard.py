@@ -26,6 +26,7 @@ from vswap.node.contents import ContentsReader
 from vswap.node.differences import Checked
 from vswap.node.directives import Directives
 from vswap.node.evacuator import Evacuator
+from vswap.node.former import delete_former
 from vswap.node.grants import Grants
 from vswap.node.handles import UNBEGUN, Handles, begun, boot_id, erase
 from vswap.node.ledger import Ledger
@@ -138,10 +139,19 @@ class Shard:
                 raise type(problem)(f"tier {tier.name}: {problem}", **problem.fields)
         for work in (self.reaper.run, self.promoter.run, self._housekeeping):
             self._spawn(work)
+        self._clear_former()
+
+    def _clear_former(self) -> None:
+        former = delete_former(
+            self._region, self.tiers, own=self.handles.shard, late_s=self._seams.late_s
+        )
+        task = asyncio.create_task(former)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def erase(self) -> None:
-        """Removes the state of this life, once it is closed. Its segments on backends stay."""
-        erase(self._region)
+        """Removes the state of this life, once it is closed and has left its tiers empty."""
+        erase(self._region, left=True)
         self._region.remove(UNBEGUN)
 
     def _assemble(self) -> None:

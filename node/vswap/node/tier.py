@@ -21,7 +21,7 @@ from vswap.wire.errors import TierUnavailable
 _BACKOFF_FIRST_S = 0.2
 _BACKOFF_MOST_S = 10.0
 _RESERVE_SHARE = 0.02
-_NO_CLUSTER = UUID(int=0)
+NO_CLUSTER = UUID(int=0)
 
 
 class TierState(enum.IntEnum):
@@ -104,7 +104,7 @@ class Tier:
 
     def segment_name(self, handle: int) -> SegmentName:
         """Segments of the node's own tiers belong to no cluster."""
-        cluster = _NO_CLUSTER if self.local else self._handles.cluster
+        cluster = NO_CLUSTER if self.local else self._handles.cluster
         return SegmentName(cluster, self._handles.shard, self._handles.serial(handle))
 
     # ---------------------------------------------------------------- room
