@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from shards import MIB, objects, open_shard, pages, ram, slots
 
+from vswap.node import grants
 from vswap.node.choose import Choosers
 from vswap.node.directives import Directive, MoveKind
 from vswap.node.evacuator import Chooser
@@ -24,7 +25,7 @@ from vswap.node.tier import TierState
 from vswap.tiers.backend import SegmentName
 from vswap.tiers.region import Mapping, Region
 from vswap.tiers.spec import TierSpec
-from vswap.wire.errors import OutOfTiers, StaleIncarnation
+from vswap.wire.errors import OutOfTiers, StaleIncarnation, TierUnavailable
 
 
 class Slow:
@@ -227,6 +228,67 @@ async def test_grants_grow_with_a_large_tier(tmp_path: Path) -> None:
             assert tier.room() >= MIB or await shard._grants.want(tier, MIB)
             tier.stored_bytes += MIB
         tier.stored_bytes = 0
+
+
+async def test_a_grant_outlives_a_restart_without_a_coordinator(tmp_path: Path) -> None:
+    tiers = [(cluster_tier(tmp_path, "c", 500), TierState.ACTIVE)]
+    told: list[int] = []
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        await shard.join(uuid4())
+        await shard.configure(1, tiers)
+        shard.set_grant("c", 9 * MIB)
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        assert shard.grants() == {"c": 9 * MIB}
+        space = shard.spaces.create("x", limits=Limits(tiers=("c",)))
+        await store(shard, space, span(0, 500))
+        # What is given back is gone at once, for every later life.
+        shard.set_grant("c", 400 * MIB)
+        shard.connect_grants(lambda _, total_bytes: told.append(total_bytes))
+        shard._grants.give_back(shard.tiers.get("c"))
+        [lower] = told
+        assert lower < 400 * MIB
+        assert shard.handles.granted[shard.tiers.get("c").tag] == lower
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        assert shard.grants() == {"c": lower}
+        await check(shard, shard.spaces.get("x"), span(0, 500))
+        # The tier is closed: when it is opened again it may be another one.
+        await shard.configure(2, [(tiers[0][0], TierState.DRAINED)])
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        assert shard.grants() == {"c": shard.tiers.get("c").stored_bytes}
+
+
+async def test_another_tier_has_nothing_of_the_grant_of_the_one_before(tmp_path: Path) -> None:
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        await shard.join(uuid4())
+        await shard.configure(1, [(cluster_tier(tmp_path, "c", 50), TierState.ACTIVE)])
+        shard.set_grant("c", 9 * MIB)
+        await shard.configure(2, [(cluster_tier(tmp_path, "d", 50), TierState.ACTIVE)])
+        assert shard.grants() == {"d": 0}
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        assert shard.grants() == {"d": 0}
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+async def test_without_room_it_matters_whether_the_coordinator_could_have_given_more(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grants, "_WAIT_S", 0.1)
+    monkeypatch.setattr(grants, "_GRACE_S", 0.1)
+    async with open_shard(tmp_path / "s", ram(mib=1)) as shard:
+        await shard.join(uuid4())
+        await shard.configure(1, [(cluster_tier(tmp_path, "c", 50), TierState.ACTIVE)])
+        space = shard.spaces.create("x", limits=Limits(tiers=("c",)))
+        if stopped:
+            shard.connect_grants(lambda name, total_bytes: None)
+        with pytest.raises(TierUnavailable, match="does not answer"):
+            await store(shard, space, span(0, 20))
+
+        def answer(name: str, total_bytes: int) -> None:
+            asyncio.get_running_loop().call_soon(shard.set_grant, name, 0)
+
+        shard.connect_grants(answer)
+        with pytest.raises(OutOfTiers):
+            await store(shard, space, span(0, 20))
 
 
 async def test_a_store_waits_for_the_coordinator_that_its_node_has_not_reached_yet(

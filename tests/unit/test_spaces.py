@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 from shards import open_shard, pages, ram, slots
 
-from vswap.node.handles import Handles, boot_id
+from vswap.node.handles import Handles, boot_id, erase
 from vswap.node.spaces import Limits
 from vswap.tiers.region import Region
 from vswap.wire.errors import OutOfTiers, StateInvalid, UnknownSpace
@@ -48,21 +48,21 @@ async def test_a_change_that_cannot_be_written_did_not_happen(
         assert await shard.delete_space("kept") == 1
 
 
-async def test_a_kill_between_the_file_and_the_table_only_delays_the_growth(
+async def test_a_kill_between_the_table_and_the_file_only_delays_the_growth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_shard(tmp_path / "s", ram()) as shard:
         space = shard.spaces.create("s", max_slots=100)
         await shard.pager.store(space, slots(99), pages(slots(99), 1))
 
-        def kill(max_slots: int) -> None:
+        def kill() -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(space.table, "grow", kill)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shard.spaces, "_save", kill)
             shard.spaces.change("s", Limits(), max_slots=1 << 21)
     async with open_shard(tmp_path / "s", ram()) as shard:
-        space = shard.spaces.get("s")
+        space = shard.spaces.change("s", Limits(), max_slots=1 << 21)
         far = slots(99, (1 << 21) - 1)
         await shard.pager.store(space, far[1:], pages(far[1:], 1))
         assert (await shard.pager.load(space, far) == pages(far, 1)).all()
@@ -71,12 +71,12 @@ async def test_a_kill_between_the_file_and_the_table_only_delays_the_growth(
 async def test_half_of_a_first_start_is_begun_anew(tmp_path: Path) -> None:
     directory = tmp_path / "s"
     directory.mkdir()
+    (directory / "unbegun").touch()
     (directory / "shard").touch()
     async with open_shard(directory, ram()) as shard:
         assert shard.incarnation == 1
     # The header stands, nothing else does yet.
-    for path in directory.iterdir():
-        path.unlink()
+    erase(Region(directory))
     Handles(Region(directory), fresh=(uuid4(), boot_id())).close()
     async with open_shard(directory, ram()) as shard:
         assert shard.incarnation == 1

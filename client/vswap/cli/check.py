@@ -44,6 +44,8 @@ def _tell(seen: node_pb2.CheckProgress) -> None:
         output.stdout().print(output.table(("WHAT", "WHERE", "DIFFERENCE"), rows))
     for line in seen.skipped:
         typer.echo(f"not compared: {line}")
+    for line in seen.others:
+        typer.echo(f"of another node, or an earlier state of this one: {line}")
     more = seen.found - len(seen.differences)
     typer.echo(
         f"{units.count(seen.slots)} slots, {units.count(seen.segments)} segments, "

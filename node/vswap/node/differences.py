@@ -47,6 +47,8 @@ class Checked:
     """The first thousand of those found."""
     skipped: list[str] = field(default_factory=list)
     """What could not be compared, and why."""
+    others: list[str] = field(default_factory=list)
+    """What other nodes, or earlier states of this one, have on its own tiers: left alone."""
 
     def differ(self, kind: str, where: str, detail: str) -> None:
         self.found += 1

@@ -1,7 +1,7 @@
 """Grants: bytes of a cluster tier that the coordinator lets this node hold.
 
 A node asks for more before it runs out and gives back what it does not need. Without a coordinator
-it lives within what it has.
+it lives within what it has, over restarts of its own as well.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Grants:
         self._asked: dict[str, int] = {}
         self.wanted: Callable[[str, int], None] | None = None
         """Set while the coordinator is connected."""
+        self._silent: set[str] = set()
+        """Tiers for which the coordinator, though connected, did not answer in time."""
         self._connected = asyncio.Event()
         self._left_at_s = asyncio.get_running_loop().time()
 
@@ -39,12 +41,13 @@ class Grants:
         self.wanted = wanted
         # What was asked and not answered on an older stream never will be.
         self._asked.clear()
+        self._silent.clear()
 
     def set(self, tier: Tier, total_bytes: int) -> None:
         """The coordinator's answer."""
-        tier.limit_bytes = total_bytes
         self._asked.pop(tier.name, None)
-        tier.room_changed.set()
+        self._silent.discard(tier.name)
+        tier.grant(total_bytes)
 
     def ahead(self, tier: Tier, need_bytes: int = 0) -> None:
         """Asks for more if the tier runs low; never waits.
@@ -98,8 +101,18 @@ class Grants:
                     await tier.room_changed.wait()
                     tier.room_changed.clear()
         except TimeoutError:
+            self._silent.add(tier.name)
             return False
         return True
+
+    def undecided(self, tier: Tier) -> bool:
+        """Whether there may be more for this node, and nobody who could say so."""
+        return (
+            not tier.local
+            and tier.state is TierState.ACTIVE
+            and tier.limit_bytes < tier.spec.capacity_bytes
+            and (self.wanted is None or tier.name in self._silent)
+        )
 
     def give_back(self, tier: Tier) -> None:
         """Returns room that the node does not need. From here on it does not count on it."""
@@ -109,6 +122,6 @@ class Grants:
         if tier.state is TierState.ACTIVE:
             keep += 2 * self._headroom(tier)
         if tier.limit_bytes > keep + _CHUNK_BYTES or (not keep and tier.limit_bytes):
-            tier.limit_bytes = keep
+            tier.grant(keep)
             self._asked[tier.name] = keep
             self.wanted(tier.name, keep)

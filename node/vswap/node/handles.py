@@ -15,13 +15,15 @@ DELETING      nothing points at it; the backend may or may not have it still
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
+from pathlib import Path
 from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vswap.node.entry import MAX_HANDLES
+from vswap.node.entry import MAX_HANDLES, TAGS
 from vswap.tiers.backend import SegmentName
 from vswap.tiers.record import I64, U64, salt, salts
 from vswap.tiers.region import Region
@@ -36,8 +38,14 @@ DAMAGED = 1 << 15
 the servers of a redundant tier, by place: that one's part is missing."""
 
 MAGIC = b"VSWAPSHD"
-VERSION = 2
+VERSION = 3
 FILE = "shard"
+UNBEGUN = "unbegun"
+"""A file that is there as long as nothing else in the directory counts: while it is erased, and
+until the first life has begun. Without it whatever is missing or half is damage."""
+FORMER = "former-"
+"""Empty files of this name and a uuid: shards whose state was here, and of which something may be
+left on the node's own tiers (see `former.py`)."""
 _HEADER_BYTES = 4096
 _CHUNK_ROWS = 1024
 
@@ -45,13 +53,14 @@ _HEADER = np.dtype(
     [
         ("magic", "S8"),
         ("version", "<u4"),
-        ("_reserved", "<u4"),
+        ("check", "<u4"),
         ("shard", "V16"),
         ("cluster", "V16"),
         ("boot", "V16"),
         ("incarnation", "<u8"),
         ("next_serial", "<u8"),
         ("next_sequence", "<u8"),
+        ("granted", "<u8", (TAGS,)),
     ]
 )
 _ROW = np.dtype(
@@ -77,20 +86,57 @@ def boot_id() -> bytes:
 
 
 def begun(region: Region) -> bool:
-    """Whether a shard is there. The magic comes last, so half of a first start does not count.
+    """Whether a shard is there.
 
     Raises StateInvalid where only the rest of one is there: its pages would be lost unsaid.
     """
-    if not region.exists(FILE):
-        if any(region.directory.glob("*.table")):
-            raise StateInvalid(
-                f"{region.directory / FILE} is missing, though tables are there; put it back, or "
-                "start with --fresh and lose the pages",
-                path=str(region.directory / FILE),
-            )
+    if region.exists(UNBEGUN) or not state_files(region):
         return False
-    with open(region.directory / FILE, "rb") as file:
-        return any(file.read(len(MAGIC)))
+    if not region.exists(FILE):
+        raise StateInvalid(
+            f"{region.directory / FILE} is missing, though other files of a node are there; put "
+            "it back, or start with --fresh and lose the pages",
+            path=str(region.directory / FILE),
+        )
+    return True
+
+
+def state_files(region: Region) -> list[Path]:
+    """The files of a shard's state that are there, without :data:`UNBEGUN`."""
+    return [
+        path
+        for path in region.directory.iterdir()
+        if path.name == FILE or path.suffix in (".table", ".heat", ".arena", ".json", ".new")
+    ]
+
+
+def shard_of(region: Region) -> UUID | None:
+    """Whose state is there, where its header can be believed."""
+    if not region.exists(FILE) or region.size(FILE) < _HEADER_BYTES:
+        return None
+    header = np.fromfile(region.directory / FILE, _HEADER, 1)[0]
+    if header["magic"] != MAGIC or header["version"] != VERSION or header["check"] != _sum(header):
+        return None
+    return UUID(bytes=header["shard"].tobytes())
+
+
+def _sum(header: np.void) -> int:
+    """Of what never changes in it."""
+    return zlib.crc32(header["shard"].tobytes() + header["boot"].tobytes())
+
+
+def erase(region: Region, *, left: bool = False) -> None:
+    """Removes the state of a life. Killed at any point, the next start begins anew.
+
+    Unless the shard has ``left`` its tiers empty, it is noted that there may be something of it.
+    """
+    (region.directory / UNBEGUN).touch()
+    shard = None if left else shard_of(region)
+    if shard is not None:
+        # A file without content is made also where memory is full.
+        (region.directory / f"{FORMER}{shard}").touch()
+    for path in state_files(region):
+        path.unlink()
 
 
 class Handles:
@@ -131,6 +177,7 @@ class Handles:
         header = self._header[0]
         header["shard"], header["boot"] = np.void(shard.bytes), np.void(boot)
         header["version"], header["next_serial"], header["next_sequence"] = VERSION, 1, 1
+        header["check"] = _sum(header)
         header["magic"] = MAGIC
 
     def _check(self) -> None:
@@ -144,6 +191,16 @@ class Handles:
                 "run the other version, or start with --fresh and lose its pages",
                 path=path,
             )
+        header = self._header[0]
+        counts = ("incarnation", "next_serial", "next_sequence")
+        if header["check"] != _sum(header) or not all(header[name] for name in counts):
+            raise self._damaged("its header")
+
+    def _damaged(self, what: str) -> StateInvalid:
+        path = str(self._map.path)
+        return StateInvalid(
+            f"{path} is damaged ({what}); start with --fresh and lose the pages", path=path
+        )
 
     def _load(self) -> None:
         last = 0
@@ -155,6 +212,8 @@ class Handles:
         while self._allocated < last:
             self._grow()
         serials = self.rows["word"][: self._allocated] >> np.uint64(STATE_BITS)
+        if last and int(serials.max()) >= self.next_serial():
+            raise self._damaged(f"serial {serials.max()} is there, {self.next_serial()} is next")
         self.salts[:] = salts(self._key, serials)
         self._free.clear()
         states = self.states(np.arange(self._allocated))
@@ -181,6 +240,12 @@ class Handles:
 
     def begin_life(self) -> None:
         self._header["incarnation"][0] += 1
+
+    @property
+    def granted(self) -> U64:
+        """By tag, the bytes that the coordinator lets the shard hold in a tier of the cluster."""
+        granted: U64 = self._header["granted"][0]
+        return granted
 
     def take_sequences(self, count: int) -> int:
         """The first of ``count`` fresh sequence numbers."""

@@ -7,6 +7,8 @@ ended, so that no segment that comes or goes meanwhile counts as a difference.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from uuid import UUID
 
 import numpy as np
 
@@ -58,14 +60,25 @@ class Listings:
         rows: U64 = handles.rows["word"][handles.in_use()]
         known, next_serial = rows >> np.uint64(STATE_BITS), handles.next_serial()
         listed: dict[int, int] = {}
+        others: Counter[UUID] = Counter()
+        # On its own tiers nobody else looks at what earlier lives may have left.
+        where_to = prefix(own.cluster, None if tier.local else own.shard)
         try:
-            async for item in backend.list(prefix(own.cluster, own.shard)):
+            async for item in backend.list(where_to):
                 name = SegmentName.parse(item.key)
-                if name is not None:
+                if name is None:
+                    continue
+                if name.shard != own.shard:
+                    others[name.shard] += 1
+                else:
                     listed[name.serial] = item.bytes
         except VswapError as error:
             seen.skipped.append(f"{tier.name}: {error}")
             return
+        seen.others += [
+            f"{where}: {segments} segments below {prefix(own.cluster, shard)}"
+            for shard, segments in others.items()
+        ]
         seen.listed += len(listed)
         serials = np.fromiter(listed, np.uint64, len(listed))
         stray = ~np.isin(serials, known) & (serials < next_serial)

@@ -52,7 +52,7 @@ def checked(seen: Checked, *, done: bool) -> node_pb2.CheckProgress:
     """The differences go with the last message."""
     told = node_pb2.CheckProgress(
         slots=seen.slots, segments=seen.segments, listed=seen.listed, found=seen.found,
-        skipped=seen.skipped, done=done,
+        skipped=seen.skipped, others=seen.others, done=done,
     )  # fmt: skip
     if done:
         told.differences.extend(node_pb2.Difference(**asdict(item)) for item in seen.differences)

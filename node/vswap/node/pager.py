@@ -18,6 +18,7 @@ from xxhash import xxh3_64_intdigest
 from vswap.node import entry
 from vswap.node.codecs import Codecs
 from vswap.node.fill import find_fills
+from vswap.node.grants import Grants
 from vswap.node.handles import Handles
 from vswap.node.ledger import Ledger
 from vswap.node.log import STORES, Placed
@@ -109,7 +110,7 @@ class Pager:
         *,
         clock: Callable[[], float],
         make_room: Callable[[list[tuple[Tier, int]]], Awaitable[bool]],
-        want_grant: Callable[[Tier, int], Awaitable[bool]],
+        grants: Grants,
         exclusive_timeout_s: float,
     ) -> None:
         self._handles = handles
@@ -122,7 +123,7 @@ class Pager:
         self._reaper = reaper
         self._clock = clock
         self._make_room = make_room
-        self._want_grant = want_grant
+        self._grants = grants
         self._exclusive_timeout_s = exclusive_timeout_s
         self._tickets = Tickets()
         self._staged: Counter[tuple[int, int]] = Counter()
@@ -392,7 +393,7 @@ class Pager:
                     refused[tier] = error
                     # What the log needs is more than the records: it may take several segments.
                     wanted = int(error.fields.get("need", need))
-                    if not patient or not await self._want_grant(tier, wanted):
+                    if not patient or not await self._grants.want(tier, wanted):
                         break
                 except (TierUnavailable, OutcomeUnknown):
                     break
@@ -431,6 +432,13 @@ class Pager:
             return TierUnavailable(
                 f"no room for {need} bytes, and some tiers cannot be written now ({_named(sick)})",
                 tier=sick[0].name, need=need,
+            )  # fmt: skip
+        undecided = [t for t in allowed if self._grants.undecided(t)]
+        if undecided:
+            return TierUnavailable(
+                f"no room for {need} bytes, and the coordinator, which may grant more "
+                f"({_named(undecided)}), does not answer",
+                tier=undecided[0].name, need=need,
             )  # fmt: skip
         if limits and len(limits) == len(refused):
             return next(error for error in limits if not _is_quota(error))

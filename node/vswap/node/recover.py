@@ -20,6 +20,7 @@ from vswap.node.handles import DELETING, Handles
 from vswap.node.ledger import Ledger
 from vswap.node.reaper import Reaper
 from vswap.node.spaces import Spaces
+from vswap.node.tier import TierState
 from vswap.node.tiers import Tiers
 from vswap.wire.errors import StateInvalid
 
@@ -68,8 +69,10 @@ def recover(handles: Handles, ledger: Ledger, spaces: Spaces, tiers: Tiers, reap
             reaper.delete_later(handle, may_land=True)
     for tier in tiers:
         if not tier.local:
-            # What it holds was granted; more is up to the coordinator.
-            tier.limit_bytes = tier.stored_bytes
+            # A tier that takes no pages may have become another one while this node was down.
+            active = tier.state is TierState.ACTIVE
+            granted = int(handles.granted[tier.tag]) if active else 0
+            tier.grant(max(granted, tier.stored_bytes))
     logger.info(
         "took up the last life's pages",
         pages=int(ledger.pages_by_tag.sum()), segments=kept, dropped_segments=dropped,

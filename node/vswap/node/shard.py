@@ -27,8 +27,9 @@ from vswap.node.contents import ContentsReader
 from vswap.node.differences import Checked
 from vswap.node.directives import Directives
 from vswap.node.evacuator import Evacuator
+from vswap.node.former import delete_former
 from vswap.node.grants import Grants
-from vswap.node.handles import FILE, Handles, begun, boot_id
+from vswap.node.handles import UNBEGUN, Handles, begun, boot_id, erase
 from vswap.node.ledger import Ledger
 from vswap.node.log import RamLog, SegmentLog
 from vswap.node.pager import Pager
@@ -124,14 +125,11 @@ class Shard:
             if self.handles.boot != boot_id():
                 logger.warning("the host was rebooted: its pages are gone, starting anew")
                 new = True
-            # A first start that never got as far as serving has no pages, and maybe half its files.
-            new = new or self.handles.incarnation == 0
-            if new:
                 self.handles.close()
         if new:
-            self.erase()
+            erase(self._region)
             self.handles = Handles(self._region, fresh=(self._seams.new_uuid(), boot_id()))
-        self.spaces = Spaces(self._region, fresh=new)
+        self.spaces = Spaces(self._region, self.handles.shard, fresh=new)
         self.tiers = Tiers()
         self.ledger = Ledger(self.handles, self.spaces)
         self._assemble()
@@ -146,6 +144,8 @@ class Shard:
         if not new:
             recover(self.handles, self.ledger, self.spaces, self.tiers, self.reaper)
         self.handles.begin_life()
+        if new:
+            self._region.remove(UNBEGUN)
         await self._open_first(unknown)
         self.reaper.start()
         for tier in self.tiers:
@@ -153,6 +153,15 @@ class Shard:
                 self._tend(tier, self._open_backend)
         for work in (self.promoter.run, self._housekeeping):
             self._spawn(work)
+        self._clear_former()
+
+    def _clear_former(self) -> None:
+        former = delete_former(
+            self._region, self.tiers, own=self.handles.shard, late_s=self._seams.late_s
+        )
+        task = asyncio.create_task(former)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _open_first(self, unknown: list[str]) -> None:
         """Opens RAM, and own tiers that this node never had: a wrong URL is told at once. Pages
@@ -167,15 +176,9 @@ class Shard:
                 raise type(problem)(f"tier {tier.name}: {problem}", **problem.fields)
 
     def erase(self) -> None:
-        """Removes the state of another life, or of this one once it is closed.
-
-        Its segments on backends stay.
-        """
-        for path in self._directory.iterdir():
-            if path.name.endswith((".table", ".heat", ".arena", ".json", ".new")) or (
-                path.name == FILE
-            ):
-                path.unlink()
+        """Removes the state of this life, once it is closed and has left its tiers empty."""
+        erase(self._region, left=True)
+        self._region.remove(UNBEGUN)
 
     def _assemble(self) -> None:
         seams, handles, ledger, tiers = self._seams, self.handles, self.ledger, self.tiers
@@ -212,7 +215,7 @@ class Shard:
         self.promoter = Promoter(handles, ledger, tiers, codecs, reader, self.reaper)
         self.pager = Pager(
             handles, ledger, tiers, codecs, reader, self.reaper, clock=seams.clock,
-            make_room=self.reclaim.make_room, want_grant=self._grants.want,
+            make_room=self.reclaim.make_room, grants=self._grants,
             exclusive_timeout_s=self._exclusive_timeout_s,
         )  # fmt: skip
         self.pager.on_hot = self.promoter.offer
@@ -373,6 +376,7 @@ class Shard:
         if tag is None:
             tag = self.tiers.free_tag(set(self._tags.values()))
             self._tags[spec.name] = tag
+            self.handles.granted[tag] = 0
             self._save_tiers()
         try:
             backend = self._make_backend(spec, tag)
@@ -431,7 +435,7 @@ class Shard:
         blocks = rows["block"][rows["tag"] == tag]
         if blocks.size and (int(blocks.max()) + 1) * block_size(old) > old:
             raise StateInvalid(f"{name} is shorter than what lies in it; --fresh starts empty")
-        return RamBackend(self._region.open(name, capacity), capacity)
+        return RamBackend(self._region.open(name, capacity, grow=True), capacity)
 
     async def _open_backend(self, tier: Tier) -> VswapError | None:
         known = tier.error

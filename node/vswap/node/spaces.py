@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from vswap.node.entry import TAGS
-from vswap.node.table import MAX_SLOTS, SwapTable
+from vswap.node.table import MAX_SLOTS, SwapTable, held
 from vswap.tiers.record import I64
 from vswap.tiers.region import Region
 from vswap.wire.errors import (
@@ -72,7 +73,7 @@ class Space:
     """One space: its table, and what it uses. Written by the event loop alone."""
 
     def __init__(
-        self, region: Region, number: int, name: str, page_bytes: int, max_slots: int,
+        self, region: Region, shard: UUID, number: int, name: str, page_bytes: int, max_slots: int,
         limits: Limits, *, create: bool,
     ) -> None:  # fmt: skip
         self.number = number
@@ -82,7 +83,7 @@ class Space:
         self.page_shift = page_bytes.bit_length() - 1
         self.max_slots = max_slots
         self.limits = limits
-        self.table = SwapTable(region, f"space-{number}", max_slots, create=create)
+        self.table = SwapTable(region, f"space-{number}", max_slots, shard, create=create)
         self.pages_by_tag: I64 = np.zeros(TAGS, np.int64)
         """Pages per entry tag; index 1 are fill pages."""
         self.bytes_by_tag: I64 = np.zeros(TAGS, np.int64)
@@ -103,8 +104,9 @@ class Space:
 class Spaces:
     """The spaces of a shard, by name and number. Kept in ``spaces.json``, replaced atomically."""
 
-    def __init__(self, region: Region, *, fresh: bool) -> None:
+    def __init__(self, region: Region, shard: UUID, *, fresh: bool) -> None:
         self._region = region
+        self._shard = shard
         self._path: Path = region.directory / FILE
         self._by_name: dict[str, Space] = {}
         self.by_number: dict[int, Space] = {}
@@ -137,10 +139,11 @@ class Spaces:
         *,
         exist_ok: bool = False,
     ) -> Space:
-        """A new, empty space; an empty space costs nothing, whatever its maximum.
+        """A new, empty space; an empty space costs one page, whatever its maximum.
 
         ``exist_ok`` returns an existing one of the same page size and maximum. Raises
-        InvalidRequest, AlreadyExists, or Refused (the node is leaving).
+        InvalidRequest, AlreadyExists, Refused (the node is leaving), or OutOfTiers (shared memory
+        is full).
         """
         check_name(name)
         check_shape(page_bytes, max_slots)
@@ -157,8 +160,9 @@ class Spaces:
             )
         number, self._next_number = self._next_number, self._next_number + 1
         space = Space(
-            self._region, number, name, page_bytes, max_slots, limits or Limits(), create=True
-        )
+            self._region, self._shard, number, name, page_bytes, max_slots, limits or Limits(),
+            create=True,
+        )  # fmt: skip
         self._by_name[name] = self.by_number[number] = space
         try:
             self._save()
@@ -180,10 +184,10 @@ class Spaces:
         before = space.limits, space.max_slots
         space.limits, space.max_slots = limits, max_slots or space.max_slots
         try:
-            # First the file: a table that is shorter than it says grows at the next start.
-            self._save()
-            if space.max_slots > before[1]:
+            # First the table: one that is shorter than its space is damaged.
+            if space.max_slots > space.table.max_slots:
                 space.table.grow(space.max_slots)
+            self._save()
         except BaseException:
             space.limits, space.max_slots = before
             raise
@@ -244,7 +248,7 @@ class Spaces:
             self._next_number = int(state["next_number"])
             for item in state["spaces"]:
                 space = Space(
-                    self._region, item["number"], item["name"], item["page_bytes"],
+                    self._region, self._shard, item["number"], item["name"], item["page_bytes"],
                     item["max_slots"], Limits(**item["limits"]), create=False,
                 )  # fmt: skip
                 self._by_name[space.name] = self.by_number[space.number] = space
@@ -252,6 +256,25 @@ class Spaces:
             raise StateInvalid(
                 f"{self._path} is damaged ({error}); --fresh starts empty", path=str(self._path)
             ) from error
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Removes what is left of spaces that were being made or forgotten: empty tables.
+
+        Raises StateInvalid where one is not, since then it is this file that is not what it was.
+        """
+        known = {f"space-{number}" for number in self.by_number}
+        for path in self._region.directory.glob("*.table"):
+            if path.stem in known:
+                continue
+            if held(path):
+                raise StateInvalid(
+                    f"{self._path} does not know {path.name}, which holds pages; put the right one "
+                    "back, or start with --fresh and lose the pages",
+                    path=str(self._path),
+                )
+            path.unlink()
+            path.with_suffix(".heat").unlink(missing_ok=True)
 
 
 def replace_json(path: Path, state: object) -> None:

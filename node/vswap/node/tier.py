@@ -21,7 +21,7 @@ from vswap.wire.errors import TierUnavailable
 _BACKOFF_FIRST_S = 0.2
 _BACKOFF_MOST_S = 10.0
 _RESERVE_SHARE = 0.02
-_NO_CLUSTER = UUID(int=0)
+NO_CLUSTER = UUID(int=0)
 
 
 class TierState(enum.IntEnum):
@@ -59,7 +59,7 @@ class Tier:
         self.segments: dict[int, None] = {}
         self.stored_bytes = 0
         self.limit_bytes = spec.capacity_bytes if local else 0
-        """What the node may store here: its own capacity, or its grant."""
+        """What the node may store here: its own capacity, or its grant (see :meth:`grant`)."""
         self.writing = 0
         """Segments being written right now."""
         self.opened = False
@@ -110,7 +110,7 @@ class Tier:
 
     def segment_name(self, handle: int) -> SegmentName:
         """Segments of the node's own tiers belong to no cluster."""
-        cluster = _NO_CLUSTER if self.local else self._handles.cluster
+        cluster = NO_CLUSTER if self.local else self._handles.cluster
         return SegmentName(cluster, self._handles.shard, self._handles.serial(handle))
 
     # ---------------------------------------------------------------- room
@@ -135,6 +135,15 @@ class Tier:
     def fullness(self) -> float:
         """Share of the limit in use."""
         return self.stored_bytes / self.limit_bytes if self.limit_bytes else 1.0
+
+    def grant(self, total_bytes: int) -> None:
+        """What the coordinator lets the node hold in a tier of the cluster, also after a restart.
+
+        On file in this turn: no report tells of less than what a restart will believe.
+        """
+        self._handles.granted[self.tag] = total_bytes
+        self.limit_bytes = total_bytes
+        self.room_changed.set()
 
     def charge(self, stored_bytes: int) -> None:
         self.stored_bytes += stored_bytes

@@ -304,7 +304,7 @@ class Difference(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., where: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class CheckProgress(_message.Message):
-    __slots__ = ("slots", "segments", "listed", "found", "differences", "skipped", "done")
+    __slots__ = ("slots", "segments", "listed", "found", "differences", "skipped", "done", "others")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     LISTED_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +312,7 @@ class CheckProgress(_message.Message):
     DIFFERENCES_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     slots: int
     segments: int
     listed: int
@@ -319,7 +320,8 @@ class CheckProgress(_message.Message):
     differences: _containers.RepeatedCompositeFieldContainer[Difference]
     skipped: _containers.RepeatedScalarFieldContainer[str]
     done: bool
-    def __init__(self, slots: _Optional[int] = ..., segments: _Optional[int] = ..., listed: _Optional[int] = ..., found: _Optional[int] = ..., differences: _Optional[_Iterable[_Union[Difference, _Mapping]]] = ..., skipped: _Optional[_Iterable[str]] = ..., done: _Optional[bool] = ...) -> None: ...
+    others: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, slots: _Optional[int] = ..., segments: _Optional[int] = ..., listed: _Optional[int] = ..., found: _Optional[int] = ..., differences: _Optional[_Iterable[_Union[Difference, _Mapping]]] = ..., skipped: _Optional[_Iterable[str]] = ..., done: _Optional[bool] = ..., others: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScrubRequest(_message.Message):
     __slots__ = ("tier", "rate_bytes_s")

@@ -31,15 +31,16 @@ class Mapping:
     """One sparse file, mapped shared and whole. Not thread-safe."""
 
     def __init__(
-        self, path: Path, size: int, *, create: bool, on_full: Callable[[], int] = lambda: 0,
-        resident: bool = False,
+        self, path: Path, size: int, *, create: bool, grow: bool = False,
+        on_full: Callable[[], int] = lambda: 0, resident: bool = False,
     ) -> None:  # fmt: skip
         """Maps ``size`` bytes of ``path``; ``create`` replaces what is there; ``resident`` touches
         all of that (a tenth of a second a GiB).
 
-        An existing file that is shorter grows (a table whose maximum was raised); one that is
-        longer is refused with StateInvalid. ``on_full`` is asked to give memory back, and says how
-        much of it did, before :meth:`reserve` gives up.
+        Raises StateInvalid for an existing file that is shorter, unless it is to ``grow``, or that
+        holds something beyond; a longer one with nothing there is left as long as it is.
+        ``on_full`` is asked to give memory back, and says how much of it did, before
+        :meth:`reserve` gives up.
         """
         self._on_full = on_full
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
@@ -50,9 +51,21 @@ class Mapping:
         except FileNotFoundError as error:
             raise StateInvalid(f"{path} is missing", path=str(path)) from error
         try:
-            if os.fstat(self._fd).st_size > self.size:
-                raise StateInvalid(f"{path} is longer than {self.size} bytes", path=str(path))
-            os.ftruncate(self._fd, self.size)
+            length = os.fstat(self._fd).st_size
+            if length < self.size:
+                if not create and not grow:
+                    raise StateInvalid(
+                        f"{path} is damaged: it has {length} bytes instead of {self.size}; "
+                        "--fresh starts empty, and loses the pages",
+                        path=str(path),
+                    )
+                os.ftruncate(self._fd, self.size)
+            elif self._holds_more():
+                raise StateInvalid(
+                    f"{path} is longer than {self.size} bytes; --fresh starts empty, and loses "
+                    "the pages",
+                    path=str(path),
+                )
             self._mmap = mmap.mmap(self._fd, self.size)
         except BaseException:
             self.close()
@@ -60,6 +73,16 @@ class Mapping:
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._mmap, np.uint8)
         if resident:
             self._touch()
+
+    def _holds_more(self) -> bool:
+        """Whether the file has anything behind what is mapped."""
+        try:
+            os.lseek(self._fd, self.size, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise
+        return True
 
     def _touch(self) -> None:
         for start, end in self.extents():
@@ -124,8 +147,8 @@ class Mapping:
         """Unmaps when the last view is gone. Idempotent."""
         if self._fd < 0:
             return
-        os.close(self._fd)
-        self._fd = -1
+        fd, self._fd = self._fd, -1
+        os.close(fd)
         self.bytes = np.empty(0, np.uint8)
         if unlink:
             self.path.unlink(missing_ok=True)
@@ -156,15 +179,19 @@ class Region:
     def create(self, name: str, size: int) -> Mapping:
         return Mapping(self.directory / name, size, create=True, on_full=self._make_room)
 
-    def open(self, name: str, size: int) -> Mapping:
-        """Raises StateInvalid where it is missing."""
+    def open(self, name: str, size: int, *, grow: bool = False) -> Mapping:
+        """Raises StateInvalid where it is missing, or shorter and not to ``grow``."""
         return Mapping(
-            self.directory / name, size, create=False, on_full=self._make_room,
+            self.directory / name, size, create=False, grow=grow, on_full=self._make_room,
             resident=self._resident,
         )  # fmt: skip
 
     def exists(self, name: str) -> bool:
         return (self.directory / name).exists()
+
+    def remove(self, name: str) -> None:
+        """Unless it is gone."""
+        (self.directory / name).unlink(missing_ok=True)
 
     def size(self, name: str) -> int:
         return (self.directory / name).stat().st_size
