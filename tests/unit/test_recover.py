@@ -53,7 +53,7 @@ async def test_a_segment_that_was_being_written_at_the_kill_is_deleted(
         [half] = set(kept()) - {acknowledged}
         content = half.read_bytes()
         # The first life says nothing any more, and does nothing: as good as killed.
-        async with open_shard(tmp_path / "s", tier, seams=Seams(late_s=1.0)) as shard:
+        async with open_shard(tmp_path / "s", tier, seams=Seams(late_s=3.0)) as shard:
             async with asyncio.timeout(10):
                 while half.exists():
                     await asyncio.sleep(0.01)
