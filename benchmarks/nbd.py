@@ -3,14 +3,15 @@
 One run, all servers up at once, every measurement of a round taken of each in turn: fio over unix
 sockets, random reads and writes, depth 1 and 32, 4 KiB and 128 KiB. vswap twice: raw pages in an
 uncompressed RAM tier (checksums are verified on every read), and real memory pages in a compressed
-one. What compression adds is held against what it adds to a server that does nothing else
-(:mod:`benchmarks.bare_nbd`), in CPU of the server; writes of real pages are nbdcopy's. ``--rounds
-N``, ``--seconds S``, ``--json FILE``. Exits 1 if a figure is below its floor.
+one. What compression adds is held against what zstandard alone takes in a server that does nothing
+else (:mod:`benchmarks.bare_nbd`), in CPU; writes of real pages are nbdcopy's. ``--rounds N``,
+``--seconds S``, ``--json FILE``. Exits 1 if a figure is below its floor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -22,13 +23,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import psutil
-import zstandard
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +44,8 @@ _PROGRAMS = ("fio", "nbdkit", "qemu-nbd", "nbdcopy")
 class Server:
     name: str
     uri: str
-    pid: int
+    cpu_s: Callable[[], float]
+    """What it has spent so far; of a bare server, zstandard alone."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,13 @@ class Figures:
     """Of the server, per I/O."""
 
 
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 @contextmanager
-def _process(command: list[str], socket: Path) -> Iterator[int]:
+def _process(command: list[str], socket: Path) -> Iterator[Callable[[], float]]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until_s = time.monotonic() + 20
@@ -66,7 +73,7 @@ def _process(command: list[str], socket: Path) -> Iterator[int]:
             if process.poll() is not None or time.monotonic() > until_s:
                 raise SystemExit(f"{command[0]} does not start: {' '.join(command)}")
             time.sleep(0.05)
-        yield process.pid
+        yield partial(_cpu_s, psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait(30)
@@ -85,15 +92,15 @@ def _node(root: Path, name: str, codec: str) -> Iterator[Server]:
         f'capacity_bytes = {8 * SIZE}\n[[spaces]]\nname = "s"\nmax_slots = {SIZE // PAGE_BYTES}\n'
     )
     command = [sys.executable, "-m", "vswap.cli.main", "run", "node", "--config", str(config)]
-    with _process(command, socket) as pid:
-        yield Server(name, f"nbd+unix:///s?socket={socket}", pid)
+    with _process(command, socket) as cpu_s:
+        yield Server(name, f"nbd+unix:///s?socket={socket}", cpu_s)
 
 
 @contextmanager
 def _nbdkit(root: Path) -> Iterator[Server]:
     socket = root / "nbdkit.sock"
-    with _process(["nbdkit", "-f", "-U", str(socket), "memory", str(SIZE)], socket) as pid:
-        yield Server("nbdkit memory", f"nbd+unix:///?socket={socket}", pid)
+    with _process(["nbdkit", "-f", "-U", str(socket), "memory", str(SIZE)], socket) as cpu_s:
+        yield Server("nbdkit memory", f"nbd+unix:///?socket={socket}", cpu_s)
 
 
 @contextmanager
@@ -103,20 +110,17 @@ def _qemu_nbd(root: Path) -> Iterator[Server]:
     os.truncate(image, SIZE)
     command = ["qemu-nbd", "-k", str(socket), "-f", "raw", "-t", "-e", "8", "--cache=writeback",
                str(image)]  # fmt: skip
-    with _process(command, socket) as pid:
-        yield Server("qemu-nbd", f"nbd+unix:///?socket={socket}", pid)
+    with _process(command, socket) as cpu_s:
+        yield Server("qemu-nbd", f"nbd+unix:///?socket={socket}", cpu_s)
 
 
 @contextmanager
-def _bare(root: Path, codec: str) -> Iterator[Server]:
-    socket = root / f"bare-{codec}.sock"
-    command = [sys.executable, "-m", "benchmarks.bare_nbd", str(socket), str(SIZE), codec]
-    with _process(command, socket) as pid:
-        yield Server(f"bare {codec}", f"nbd+unix:///s?socket={socket}", pid)
-
-
-def _fill(server: Server, image: Path) -> None:
-    subprocess.run(["nbdcopy", str(image), server.uri], check=True)
+def _bare(root: Path) -> Iterator[Server]:
+    socket = root / "bare.sock"
+    command = [sys.executable, "-m", "benchmarks.bare_nbd", str(socket), str(SIZE)]
+    with _process(command, socket):
+        spent = np.memmap(f"{socket}.spent", np.uint64, "r", shape=1)
+        yield Server("bare zstd", f"nbd+unix:///s?socket={socket}", lambda: int(spent[0]) / 1e9)
 
 
 def _fio(server: Server, rw: str, size: str, depth: int, seconds: float, compress: bool) -> Figures:
@@ -127,50 +131,26 @@ def _fio(server: Server, rw: str, size: str, depth: int, seconds: float, compres
     ]  # fmt: skip
     if compress:
         command += ["--buffer_compress_percentage=60", "--buffer_compress_chunk=4096"]
-    process = psutil.Process(server.pid)
-    before = process.cpu_times()
+    before_s = server.cpu_s()
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    after = process.cpu_times()
+    cpu_s = server.cpu_s() - before_s
     job = json.loads(out[out.index("{") :])["jobs"][0][rw]
     percentiles = job["clat_ns"]["percentile"]
-    cpu_s = after.user + after.system - before.user - before.system
     return Figures(
         iops=job["iops"], p50_us=percentiles["50.000000"] / 1e3,
         p99_us=percentiles["99.000000"] / 1e3, cpu_us=cpu_s / max(job["total_ios"], 1) * 1e6,
     )  # fmt: skip
 
 
-def _copy_us(server: Server, image: Path, size_bytes: int) -> float:
-    """What a write of an image costs the server, in CPU: fio has no real pages to write."""
-    process = psutil.Process(server.pid)
-    before = process.cpu_times()
+def _copy(server: Server, image: Path, size_bytes: int) -> float:
+    """Writes an image, since fio has no real pages to write; the CPU of each write in us."""
+    before_s = server.cpu_s()
     subprocess.run(
         ["nbdcopy", f"--request-size={size_bytes}", "--requests=32", "--connections=1",
          "--sparse=0", str(image), server.uri],
         check=True,
     )  # fmt: skip
-    after = process.cpu_times()
-    cpu_s = after.user + after.system - before.user - before.system
-    return cpu_s / (SIZE / size_bytes) * 1e6
-
-
-def _zstd_us(server: Server, copy: Path, rw: str) -> float:
-    """What compressing or decompressing a page that lies there now costs in a loop, in CPU: all of
-    them in random order, and nothing else on the machine's other processor."""
-    subprocess.run(["nbdcopy", server.uri, str(copy)], check=True)
-    pages = np.fromfile(copy, np.uint8).reshape(-1, PAGE_BYTES)
-    order = np.random.default_rng(2).permutation(len(pages))
-    compress = zstandard.ZstdCompressor(level=1).compress
-    work: Callable[[Any], bytes] = compress
-    things: list[Any] = [page.data for page in pages]
-    if rw == "read":
-        decompress = zstandard.ZstdDecompressor().decompress
-        work = lambda frame: decompress(frame, PAGE_BYTES)  # noqa: E731
-        things = [compress(page) for page in things]
-    start = time.process_time()
-    for i in range(0, len(order), 32):
-        _ = [work(things[k]) for k in order[i : i + 32].tolist()]
-    return (time.process_time() - start) / len(order) * 1e6
+    return (server.cpu_s() - before_s) / (SIZE / size_bytes) * 1e6
 
 
 Key = tuple[str, str, str, int]
@@ -185,12 +165,7 @@ class Measured:
     cpu_us: dict[tuple[str, str, str], list[float]] = field(
         default_factory=lambda: defaultdict(list)
     )
-    """Of the server per I/O at depth 32, per (server, rw, size); real pages where it compresses."""
-    zstd_us: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
-    """What zstd costs a page in a loop at that time, per (rw, size)."""
-
-
-_COMPARED = ("vswap zstd", "vswap raw", "bare zstd", "bare none")
+    """Per (server, rw, size): per I/O at depth 32, with real pages where it compresses."""
 
 
 def measure(rounds: int, seconds: float) -> Measured:
@@ -202,34 +177,28 @@ def measure(rounds: int, seconds: float) -> Measured:
             stack.enter_context(_nbdkit(root)),
             stack.enter_context(_node(root, "vswap zstd", "zstd:1")),
             stack.enter_context(_qemu_nbd(root)),
-            stack.enter_context(_bare(root, "zstd")),
-            stack.enter_context(_bare(root, "none")),
+            stack.enter_context(_bare(root)),
         ]
         compressing = [server for server in servers if "zstd" in server.name]
-        real = real_pages(SIZE // PAGE_BYTES)
-        image = root / "image"
-        image.write_bytes(np.random.default_rng(1).bytes(SIZE))
-        (root / "real").write_bytes(real.tobytes())
-        images = {s: root / "real" if s in compressing else image for s in servers}
+        (root / "real").write_bytes(real_pages(SIZE // PAGE_BYTES).tobytes())
+        (root / "random").write_bytes(np.random.default_rng(1).bytes(SIZE))
+        images = {s: root / ("real" if s in compressing else "random") for s in servers}
         for server in servers:
-            _fill(server, images[server])
+            _copy(server, images[server], _BYTES["128k"])
+
         for _ in range(rounds):
             for rw in ("read", "write"):
                 for size in ("4k", "128k"):
-                    for depth in (1, 32):
-                        for server in servers:
-                            if depth == 1 and server.name.startswith("bare"):
-                                continue
-                            found.runs[server.name, rw, size, depth].append(
-                                _fio(server, rw, size, depth, seconds,
-                                     rw == "write" and server in compressing)
-                            )  # fmt: skip
-                    for server in (s for s in servers if s.name in _COMPARED):
+                    for depth, server in itertools.product((1, 32), servers):
+                        found.runs[server.name, rw, size, depth].append(
+                            _fio(server, rw, size, depth, seconds,
+                                 rw == "write" and server in compressing)
+                        )  # fmt: skip
+                    for server in servers:
                         found.cpu_us[server.name, rw, size].append(
                             found.runs[server.name, rw, size, 32][-1].cpu_us if rw == "read"
-                            else _copy_us(server, images[server], _BYTES[size])
+                            else _copy(server, images[server], _BYTES[size])
                         )  # fmt: skip
-                    found.zstd_us[rw, size].append(_zstd_us(compressing[0], root / "copy", rw))
                 print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return found
@@ -267,15 +236,16 @@ def results(measured: Measured) -> list[Result]:
             )
         )  # fmt: skip
     for rw, size in bounds:
-        cpu = [np.array(measured.cpu_us[name, rw, size]) for name in _COMPARED]
-        adds, bare = (cpu[0] - cpu[1]).tolist(), (cpu[2] - cpu[3]).tolist()
-        loop = [cost * _BYTES[size] / PAGE_BYTES for cost in measured.zstd_us[rw, size]]
+        compressed, raw, bare = (
+            measured.cpu_us[name, rw, size] for name in ("vswap zstd", "vswap raw", "bare zstd")
+        )
+        adds = [a - b for a, b in zip(compressed, raw, strict=True)]
         found.append(
             Result(
-                f"{rw} {size}, depth 32: CPU that zstd adds, over a bare server",
+                f"{rw} {size}, depth 32: CPU that compression adds, over bare zstd",
                 ratio(adds, bare), floor=1.3,
-                note=f"{median(adds):.1f} us an I/O, to a bare server {median(bare):.1f}; in a "
-                f"loop by itself {median(loop):.1f}, of which it is {ratio(adds, loop):.2f} x",
+                note=f"{median(raw):.1f} us raw, {median(compressed):.1f} us compressed, bare zstd "
+                f"{median(bare):.1f} us an I/O",
             )
         )  # fmt: skip
     return found
