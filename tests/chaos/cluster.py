@@ -26,8 +26,8 @@ from vswap.wire.errors import VswapError
 
 MIB = 2**20
 SPACES = {"s": 1500, "z": 300, "d": 500}
-"""Slots of the spaces that SDK clients share, the second one's pages being compressed from the start,
-and of the one that is a block device."""
+"""Slots of the spaces that SDK clients share, the second one's pages being compressed from the
+start, and of the one that is a block device."""
 _CONFIG = """
 [[tiers]]
 name = "ram"
@@ -106,8 +106,8 @@ class Cluster:
     # ---------------------------------------------------------------- load
 
     def load(self, rng: random.Random, retry_s: float, each: int = 2) -> Load:
-        """So many clients of each space, one of ``z``; where they may retry, one more loses replies, and spaces
-        come and go."""
+        """So many clients of each space, one of ``z``; where they may retry, one more loses
+        replies, and spaces come and go."""
         load = Load(retry_s)
 
         def some() -> random.Random:
