@@ -28,8 +28,6 @@ MIB = 2**20
 SPACES = {"s": 1500, "z": 300, "d": 500}
 """Slots of the spaces that SDK clients share, the second one's pages being compressed from the
 start, and of the one that is a block device."""
-_DOWN_S = 1.5, 3.0
-"""How long Redis servers are away: nodes ask an idle one every second."""
 _CONFIG = """
 [[tiers]]
 name = "ram"
@@ -57,6 +55,8 @@ _SWAP = """
 name = "k"
 max_slots = 131072
 """
+_DOWN_S = 1.5, 3.0
+"""How long Redis servers are away: nodes ask an idle one every second."""
 
 
 class Cluster:
