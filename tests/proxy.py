@@ -129,19 +129,21 @@ class Proxy:
     async def _pump(
         self, way: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter
     ) -> None:
+        lossy = False
         with contextlib.suppress(OSError):
             while data := await source.read(65536):
                 if way in self._hanging:
+                    lossy = True
                     continue
+                if lossy:
+                    return  # Nothing may follow a gap: healed, and not cut yet.
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
-                if way == DOWN and self._cut_after is not None:
-                    data = data[: self._cut_after]
-                    self._cut_after -= len(data)
-                    sink.write(data)
-                    await sink.drain()
-                    if not self._cut_after:
-                        return
-                    continue
+                left = self._cut_after if way == DOWN else None
+                if left is not None:
+                    data = data[:left]
+                    self._cut_after = left - len(data)
                 sink.write(data)
                 await sink.drain()
+                if left is not None and len(data) == left:
+                    return

@@ -2,16 +2,17 @@
 
 In each round several clients store, load and free shared slots, over the SDK and as a block device,
 a kernel swaps on the node where the machine can do that, a job may run, and at a random moment the
-victim is killed with -9 and started again. Then every slot is read, and every history is held
-against what a single copy could have answered. A node is besides killed at every point of
-:mod:`chaos.points`. In the end everything is freed, and nothing may be left on any backend. Exits 1
-if anything was lost, wrong, failed or left.
+victim is killed with -9 and started again; a redundant tier is rebuilt under load. Then every slot
+is read, and every history is held against what a single copy could have answered. A node is besides
+killed at every point of :mod:`chaos.points`. In the end everything is freed, and nothing may be
+left on any backend. Exits 1 if anything was lost, wrong, failed or left.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import random
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from chaos.cluster import SPACES, Cluster
 from chaos.doomed import DoomedNode
+from chaos.harm import suffer
 from chaos.load import Slot, verify
 from chaos.points import POINTS, Point
 from swapping import Swapping, missing
@@ -41,8 +43,9 @@ def run(
     operations = failed = 0
     healthy: list[float] = []
     degraded: list[float] = []
+    """Of loads that overlap with what was between the kill and the end of the rebuild."""
     rebuilt: list[tuple[int, float]] = []
-    """Bytes of the tier, and how long it took from the kill until all of it was whole again."""
+    """Degraded bytes, and seconds from the servers' return until none were left."""
     # A node that is killed is a pause to its clients; nothing else may even be that.
     retry_s = 30.0 if victim == "node" else 0.0
     try:
@@ -51,25 +54,26 @@ def run(
                 load = cluster.load(rng, retry_s)
                 time.sleep(rng.uniform(0.1, 0.4))
                 job = cluster.disturb(rng)
+                harmed = math.inf
                 if victim == "node" and redundancy != "none" and rng.random() < 0.5:
+                    harmed = time.monotonic()
                     cluster.lose_a_server(rng)
                 time.sleep(rng.uniform(0.0, 0.5))
-                stored = cluster.red().stored_bytes
-                killed = time.monotonic()
+                harmed = min(harmed, time.monotonic())
                 cluster.kill(victim, rng)
+                if redundancy != "none":
+                    rebuilt.append(cluster.rebuild())
+                mended = time.monotonic()
                 time.sleep(rng.uniform(0.1, 0.4))
                 load.stop()
                 with cluster.connect() as client:
                     held = verify(load, client, SPACES, held)
-                if redundancy != "none":
-                    cluster.until(cluster.whole)
-                if victim == "redis":
-                    rebuilt.append((stored, time.monotonic() - killed))
                 cluster.settle()
                 operations += load.operations
                 failed += len(load.failed)
                 for began, took in load.latencies:
-                    (healthy if began < killed else degraded).append(took)
+                    overlaps = began < mended and began + took > harmed
+                    (degraded if overlaps else healthy).append(took)
                 print(f"round {number}: {load.operations} operations, {job}", flush=True)
                 assert not load.wrong, load.wrong[:3]
                 assert not load.failed, load.failed[:3]
@@ -85,12 +89,16 @@ def run(
         cluster.stop()
     print(f"{rounds} rounds of killing {victim} ({redundancy}): {operations} operations, 0 lost, "
           f"0 wrong, {failed} failed")  # fmt: skip
-    print(f"loads before a kill: {_percentiles(healthy)}; after it: {_percentiles(degraded)}")
+    print(f"loads while all was well: {_percentiles(healthy)}; during the outage or the rebuild: "
+          f"{_percentiles(degraded)}")  # fmt: skip
     if cluster.restarts_s:
         print(f"restart: median {np.median(cluster.restarts_s):.2f} s")
+    rebuilt = [(size, took) for size, took in rebuilt if size]
     if rebuilt:
-        size, took = np.median(rebuilt, axis=0)
-        print(f"whole again after: median {took:.2f} s, {size / 1e6:.1f} MB, load included")
+        size, took = np.median(rebuilt, axis=0) / (1e6, 1)
+        speed = np.median([size / took for size, took in rebuilt]) / 1e6
+        print(f"rebuilt under load, audit and wait for the job included: median {size:.2f} MB of "
+              f"degraded bytes in {took:.2f} s, {speed:.2f} MB/s")  # fmt: skip
     return True
 
 
@@ -99,8 +107,24 @@ def run_points(points: Sequence[Point], seed: int, root: Path, *, at_once: int =
 
     ``at_once``: so many kills go by before everything is read.
     """
+    shapes = {
+        "none": [point for point in points if point.takes != "outage"],
+        "mirror:2": [point for point in points if point.takes == "outage"],
+    }
+    good = True
+    for redundancy, some in shapes.items():
+        if some:
+            below = root / redundancy.partition(":")[0]
+            below.mkdir()
+            good &= _run_points(redundancy, some, seed, below, at_once)
+    return good
+
+
+def _run_points(
+    redundancy: str, points: Sequence[Point], seed: int, root: Path, at_once: int
+) -> bool:
     rng = random.Random(seed)
-    cluster = Cluster(root, "none", doomed=True)
+    cluster = Cluster(root, redundancy, doomed=True)
     node = cluster.node
     assert isinstance(node, DoomedNode)
     held: dict[Slot, int | None] = {}
@@ -112,8 +136,7 @@ def run_points(points: Sequence[Point], seed: int, root: Path, *, at_once: int =
             try:
                 for point in points[start : start + at_once]:
                     names.append(point.name)
-                    _die(cluster, node, point, rng)
-                    node.start()
+                    _meet(cluster, node, point, rng, root)
             finally:
                 load.stop()
             with cluster.connect() as client:
@@ -127,8 +150,27 @@ def run_points(points: Sequence[Point], seed: int, root: Path, *, at_once: int =
         return False
     finally:
         cluster.stop()
-    print(f"killed at {len(points)} crash points: 0 lost, 0 wrong")
+    print(f"killed at {len(points)} crash points ({redundancy}): 0 lost, 0 wrong")
     return True
+
+
+def _meet(cluster: Cluster, node: DoomedNode, point: Point, rng: random.Random, root: Path) -> None:
+    """Has the node come by the point, and starts it again."""
+
+    def die() -> None:
+        _die(cluster, node, point, rng)
+        node.start()
+
+    if point.takes == "outage":
+        server = rng.choice(cluster.servers)
+        server.kill()
+        die()
+        server.start()
+        cluster.rebuild()
+    elif point.takes:
+        suffer(cluster, point.takes, root, die)
+    else:
+        die()
 
 
 def _die(cluster: Cluster, node: DoomedNode, point: Point, rng: random.Random) -> None:
@@ -138,7 +180,8 @@ def _die(cluster: Cluster, node: DoomedNode, point: Point, rng: random.Random) -
     assert node.process is not None
     while node.process.poll() is None:
         assert time.monotonic() < until_s, "the node does not come by there"
-        cluster.disturb(rng)
+        if not point.takes:
+            cluster.disturb(rng)
         with contextlib.suppress(subprocess.TimeoutExpired):
             node.process.wait(0.2)
     if point.start:

@@ -21,7 +21,7 @@ from vswap.cli.embedded import EmbeddedRedis, free_port
 from vswap.client import Client
 from vswap.client.operator import Operator
 from vswap.v1 import coordinator_pb2
-from vswap.v1.common_pb2 import TIER_STATE_DRAINED, TierSpec, TierUsage
+from vswap.v1.common_pb2 import TIER_STATE_DRAINED, TierSpec
 from vswap.wire.errors import VswapError
 
 MIB = 2**20
@@ -55,6 +55,8 @@ _SWAP = """
 name = "k"
 max_slots = 131072
 """
+_DOWN_S = 1.5, 3.0
+"""How long Redis servers are away: nodes ask an idle one every second."""
 
 
 class Cluster:
@@ -215,11 +217,15 @@ class Cluster:
     # ---------------------------------------------------------------- victims
 
     def kill(self, victim: str, rng: random.Random) -> None:
-        """Kills with -9 and starts again at once. Redis servers come back empty."""
+        """Kills with -9 and starts again: a daemon at once, Redis servers, which come back empty,
+        after a while in which they are missed."""
         since = time.monotonic()
         if victim == "redis":
-            for server in rng.sample(self.servers, {"mirror:2": 1, "rs:4+2": 2}[self.redundancy]):
-                server.stop(keep_directory=True)
+            dead = rng.sample(self.servers, {"mirror:2": 1, "rs:4+2": 2}[self.redundancy])
+            for server in dead:
+                server.kill()
+            time.sleep(rng.uniform(*_DOWN_S))
+            for server in dead:
                 server.start()
             return
         daemon = self.node if victim == "node" else self.coordinator
@@ -227,14 +233,21 @@ class Cluster:
         daemon.start()
         self.restarts_s.append(time.monotonic() - since)
 
-    def red(self) -> TierUsage:
-        [usage] = [i.usage for i in self.operator.cluster().tiers if i.tier.spec.name == "red"]
-        return usage
+    def rebuild(self) -> tuple[int, float]:
+        """Waits until no segment of ``red`` is degraded and all its servers are up; returns the
+        most bytes that were degraded on the way, and how long it took."""
+        since, most = time.monotonic(), 0
 
-    def whole(self) -> bool:
-        """Nothing is degraded, and every server is up."""
-        usage = self.red()
-        return not usage.degraded_segments and all(server.up for server in usage.servers)
+        def whole() -> bool:
+            nonlocal most
+            # The node's own word: the coordinator's is a report old.
+            [red] = [usage for usage in client.status().tiers if usage.tier == "red"]
+            most = max(most, red.degraded_bytes)
+            return not red.degraded_segments and all(server.up for server in red.servers)
+
+        with self.connect() as client:
+            self.until(whole, timeout_s=120)
+        return most, time.monotonic() - since
 
     def connect(self) -> Client:
         return Client(self.node.address, retry_s=30)

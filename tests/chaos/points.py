@@ -30,6 +30,9 @@ class Point:
     """Whether a node under load comes by many times a second."""
     start: bool = False
     """Whether it comes by while it starts."""
+    takes: str = ""
+    """What must happen first: an "outage" of one server of a mirrored tier; "damage" or "loss" of
+    segments whose tier is then drained."""
 
     def find(self, lines: list[str]) -> int:
         """The index of the line. Raises ValueError where the table is no longer true."""
@@ -48,9 +51,11 @@ def _in(file: str, after: str, **points: str) -> Iterator[Point]:
         yield Point(name.replace("_", "-"), file, after, line)
 
 
-def _rare(file: str, after: str, *, start: bool = False, **points: str) -> Iterator[Point]:
+def _rare(
+    file: str, after: str, *, start: bool = False, takes: str = "", **points: str
+) -> Iterator[Point]:
     for name, line in points.items():
-        yield Point(name.replace("_", "-"), file, after, line, often=False, start=start)
+        yield Point(name.replace("_", "-"), file, after, line, False, start, takes)
 
 
 POINTS = [
@@ -91,6 +96,13 @@ POINTS = [
          flipped="left = self._account(space, old, -1)",
          unburied="self._bury(left)"),
     *_in("pager.py", "def _commit(", unacknowledged="self._tickets.flip("),
+    # The same in one turn: the words go first, then the books.
+    *_in("table.py", "def exchange(", words_exchanged="return old"),
+    *_in("ledger.py", "def put(",
+         put_uncounted="like = np.uint64(",
+         put_half_counted="for handle, count, amount in places:",
+         put_unburied="self._bury(left)"),
+    *_in("pager.py", "def store_now(", put_unacknowledged="self._tickets.flip("),
     # A segment on a backend.
     *_in("log.py", "async def _write(self, handle",
          writing="await self._tier.backend.put(",
@@ -103,6 +115,17 @@ POINTS = [
          move_copied="moved = self._ledger.flip_where(",
          move_flipped="done = records if "),
     *_in("evacuator.py", "async def _write(self, run", move_half_flipped="start = end"),
+    # A write that a server of a redundant tier misses, before it is acknowledged.
+    *_rare("upkeep.py", "def _note(", takes="outage",
+           lack_unnoted='self._handles.rows["lacking"][handle] |= places',
+           lack_noted="if self._handles.state(handle) != SEALED"),
+    # Pages that are found to be damaged, or given up.
+    *_rare("contents.py", "def _set_aside(", takes="damage",
+           damage_found="moved = self._ledger.flip_where(",
+           set_aside="tier.quarantined += "),
+    *_rare("lost.py", "async def give_up(", takes="loss",
+           loss_unmarked="ledger.flip(space, slots, ",
+           loss_marked="lost += len(slots)"),
     # A deletion.
     *_in("reaper.py", "def consider(",
          dead="handles.set_state(handle, DELETING)",

@@ -29,6 +29,8 @@ class Mutant:
     old: str
     new: str
     test: str
+    hangs: bool = False
+    """The mutation makes the test hang: that is a verdict, too."""
 
     def apply(self, root: Path) -> None:
         """Changes the source below ``root``. Raises ValueError unless OLD is there exactly once."""

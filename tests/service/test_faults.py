@@ -32,9 +32,20 @@ url = "file://{root}/disk"
 capacity_bytes = 268435456
 rank = 1
 
+[[tiers]]
+name = "pair"
+urls = ["file://{root}/one", "file://{root}/two"]
+redundancy = "mirror:2"
+capacity_bytes = 268435456
+rank = 2
+
 [[spaces]]
 name = "far"
 tiers = ["disk"]
+
+[[spaces]]
+name = "pair"
+tiers = ["pair"]
 """
 WHERE = np.arange(64, dtype=np.uint64)
 
@@ -75,6 +86,38 @@ def test_a_plan_from_the_start_is_shown_and_can_be_taken_away(node: Daemon) -> N
             client.set_fault("ram", "flip=1")
         with pytest.raises(UnknownTier):
             client.set_fault("tape", "flip=1")
+
+
+def test_one_server_of_several_lies(tmp_path: Path) -> None:
+    flags = "--fault", "pair/1=seed=3,flip=1", "--allow-faults"
+    with make(tmp_path, *flags) as node, Client(node.address, retry_s=0) as client:
+        pair = client.space("pair")
+        # Segments are read from either server in turn.
+        for version in range(4):
+            pair.store(WHERE, pages(WHERE, version))
+            assert (pair.load(WHERE) == pages(WHERE, version)).all()
+        shown = vswap(node, "node", "show", "n").stdout
+        assert "FAULTS ARE INJECTED into tier pair/1: seed=3,flip=1" in shown
+        vswap(node, "node", "fault", "n", "pair/1", "off")
+        # What it acknowledged and did not keep, the other server has.
+        vswap(node, "node", "fault", "n", "pair/2", "vanish=1")
+        for version in range(4, 8):
+            pair.store(WHERE, pages(WHERE, version))
+            assert (pair.load(WHERE) == pages(WHERE, version)).all()
+        counters = client.status().counters
+        assert counters["pair/1_injected_flip"]
+        assert counters["pair/2_injected_vanish"]
+        client.set_fault("pair/2", "off")
+        load = run_vswap(
+            "loadgen", "--node-address", node.address, "--space", "pair", "--pages", "256",
+            "--ops", "1000", "--fault", "pair/2=flip=0.5,error=0.2", "--content", "random",
+        )  # fmt: skip
+        assert "0 wrong, 0 lost" in load.stderr
+        assert not client.status().faults
+        with pytest.raises(Refused, match="2 servers"):
+            client.set_fault("pair/3", "flip=1")
+        with pytest.raises(Refused, match="no servers"):
+            client.set_fault("disk/1", "flip=1")
 
 
 def test_a_node_that_is_not_for_tests_refuses(tmp_path: Path) -> None:
@@ -123,6 +166,9 @@ def test_load_with_faults_restores_what_was_there(tmp_path: Path) -> None:
         ("tape=flip=1", "tape"),
         ("disk=flop=1", "flop"),
         ("disk", "TIER=PLAN"),
+        ("disk/1=flip=1", "disk/1"),
+        ("pair/3=flip=1", "pair/3"),
+        ("pair/x=flip=1", "pair/x"),
     ],
 )
 def test_a_plan_that_makes_no_sense_keeps_the_node_from_starting(

@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--limit-s", type=float, default=0, help="begin no seed after so long")
     parser.add_argument("--mutant", choices=[*MUTANTS], default="", help="plant this bug")
+    parser.add_argument("--until-failed", action="store_true", help="end with the first that fails")
     parser.add_argument("--traces", action="store_true", help="print a fingerprint of each run")
     options = parser.parse_args()
     if options.seed is not None:
@@ -72,6 +73,8 @@ def _many(options: argparse.Namespace) -> int:
             if options.mutant:
                 print(f"{options.mutant}: found after {done} seeds")
                 return 0
+            if options.until_failed:
+                break
     took, each = time.monotonic() - began, 1000 / max(done, 1)
     print(
         f"{done} seeds, {failed} failed, {virtual_s / 60:.0f} simulated minutes in {took:.0f} s "

@@ -59,8 +59,6 @@ class History:
         default_factory=lambda: defaultdict(list)
     )
     """By slot and version: when reads that returned it began and ended."""
-    lost_at: int = 0
-    """When a server last forgot what it had acknowledged: pages may be gone, and none be wrong."""
     checked: int = 0
     """Reads of a slot that were held against it."""
 
@@ -133,12 +131,14 @@ class History:
         )
 
     def missed(self, slot: int, begun: int) -> None:
-        """A read that began then said that the page is lost. Raises Wrong where it cannot be."""
+        """A read that began then said that the page is lost. Raises Wrong where there was none.
+
+        Whether it can be lost is for the servers to tell: :meth:`World.judge`.
+        """
         writes = self.writes[slot]
         last = max((w.begun for w in writes if self._sure(w) and w.ended < begun), default=0)
-        stored = [w for w in writes if w.version and not w.void and w.latest >= last]
-        if not any(w.begun < self.lost_at for w in stored):
-            raise Wrong(f"{self.where}: slot {slot} is lost; writes: {stored}")
+        if not any(w.version and not w.void and w.latest >= last for w in writes):
+            raise Wrong(f"{self.where}: slot {slot} is lost, and held none; writes: {writes[-12:]}")
         self.missing += 1
 
     def check_order(self) -> None:
@@ -181,14 +181,14 @@ def _name(version: int) -> str:
 # -------------------------------------------------------------------- pages
 
 
-def page(slot: int, version: int) -> NDArray[np.uint8]:
+def page(slot: int, version: int, whole: int = PAGE_BYTES) -> NDArray[np.uint8]:
     """Tells its slot and version. One in eight is a fill page; some compress, others do not."""
     kind = (slot * 5 + version) % 8
     if kind == 0:
-        return np.full(PAGE_BYTES // 4, slot << 22 | version, "<u4").view(np.uint8)
-    out = np.zeros(PAGE_BYTES, np.uint8)
-    start = (slot * 131 + version * 977) % (len(_POOL) - PAGE_BYTES)
-    size = PAGE_BYTES if kind < 4 else PAGE_BYTES // (2 * kind - 6)
+        return np.full(whole // 4, slot << 22 | version, "<u4").view(np.uint8)
+    out = np.zeros(whole, np.uint8)
+    start = (slot * 131 + version * 977) % (len(_POOL) - whole)
+    size = whole if kind < 4 else whole // (2 * kind - 6)
     out[:size] = _POOL[start : start + size]
     out[:16].view("<u8")[:] = slot, version
     return out
@@ -204,6 +204,6 @@ def version_of(slot: int, content: NDArray[np.uint8]) -> int:
     version = int(content[8:16].view("<u8")[0])
     if (words == words[0]).all():
         version = int(words[0]) & (1 << 22) - 1
-    if version >= 1 << 22 or not np.array_equal(content, page(slot, version)):
+    if version >= 1 << 22 or not np.array_equal(content, page(slot, version, len(content))):
         raise Wrong(f"slot {slot} returned the wrong bytes: {content[:32].tobytes().hex()}")
     return version

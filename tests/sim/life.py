@@ -8,12 +8,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
-from sim.history import History, pages, version_of
+from sim.history import History, Wrong, pages, version_of
 from sim.loop import Process
 from sim.machines import SPACE, Machine, Node
 from sim.world import World
 
+from vswap.node.scrub import Scrubbed
 from vswap.node.shard import Shard
+from vswap.node.spaces import Space
+from vswap.tiers.record import U64
 from vswap.v1 import coordinator_pb2 as pb
 from vswap.wire.errors import (
     OutcomeUnknown,
@@ -31,11 +34,13 @@ from vswap.wire.errors import (
 
 _NOTHING = (OutOfTiers, SpaceFull, TierUnavailable, Unreachable)
 """Errors of a write that say that nothing happened."""
-_ATTEMPTS = 4
+ATTEMPTS = 4
 
 
 class Client:
     """Stores, loads and frees slots of one node's space, alone with others on the same slots."""
+
+    space = SPACE
 
     def __init__(self, world: World, node: Node, seed: int) -> None:
         self._world = world
@@ -92,7 +97,7 @@ class Client:
 
     async def _again(self, attempt: Callable[[], Awaitable[bool]]) -> None:
         """Until it worked, or patience ends."""
-        for i in range(_ATTEMPTS):
+        for i in range(ATTEMPTS):
             if await attempt():
                 return
             await asyncio.sleep(0.1 * 2**i * self._rng.random())
@@ -140,9 +145,33 @@ class Client:
 
         await self._again(attempt)
 
+    async def clear(self) -> None:
+        """Frees everything."""
+        await self.free([*range(self._world.scenario.slots)])
+
     def _saw(self, slots: list[int], got: Any, begun: int) -> None:
         for slot, content in zip(slots, got, strict=True):
             self._history.saw(slot, version_of(slot, content), begun)
+
+    async def _loaded(
+        self, shard: Shard, where: U64, load: Callable[[Space, U64], Awaitable[Any]]
+    ) -> Any:
+        """Over there: a page that counts as lost must be gone in that moment. One that counts as
+        damaged, and is gone, is lost too: of what is left some is torn."""
+        space = shard.spaces.get(self.space)
+        before = space.table.get(where)
+        try:
+            return await load(space, where)
+        except (PageLost, PageCorrupt) as error:
+            bad = np.isin(where, np.array(error.fields["slots"], np.uint64))
+            try:
+                now = space.table.get(where[bad])
+                self._world.judge_lost(shard, where[bad], before[bad], now)
+            except Wrong:
+                if isinstance(error, PageLost):
+                    raise
+                raise error from None  # Some transfers were bad; the next may be good.
+            raise PageLost(error.message, **error.fields) from error
 
     def _missed(self, error: PageLost, begun: int) -> list[int]:
         slots: list[int] = error.fields["slots"]
@@ -153,13 +182,13 @@ class Client:
     async def load(self, slots: list[int], *, insist: bool = False) -> bool:
         """Whether it came to an answer. Those that hold no page are left out."""
         left = slots
-        for i in range(40 if insist else _ATTEMPTS):
+        for i in range(40 if insist else ATTEMPTS):
             begun = self._history.now()
             where = np.array(left, np.uint64)
             try:
                 got = await self._call(
-                    lambda shard, where=where: shard.pager.load(  # type: ignore[misc]
-                        shard.spaces.get(SPACE), where
+                    lambda shard, where=where: self._loaded(  # type: ignore[misc]
+                        shard, where, shard.pager.load
                     ),
                     lambda: None,
                 )
@@ -188,7 +217,7 @@ class Client:
         where = np.array(slots, np.uint64)
         try:
             got, token = await self._call(
-                lambda shard: shard.pager.load_exclusive(shard.spaces.get(SPACE), where),
+                lambda shard: self._loaded(shard, where, shard.pager.load_exclusive),
                 lambda: None,
             )
         except PageLost as error:
@@ -253,9 +282,6 @@ class Misfortune:
         if world.scenario.forgetful and world.servers:
             server = self._rng.choice(list(world.servers.values()))
             server.forget()
-            if not world.spared(server):
-                for history in world.histories.values():
-                    history.lost_at = history.now()
         if world.scenario.retires and len(world.nodes) > 1:
             node = world.nodes[-1]
             node.kill()
@@ -324,24 +350,38 @@ class Misfortune:
 
 
 class Operator:
-    """Drains, migrates, compacts, cancels, activates, adds, removes."""
+    """Drains, migrates, compacts, cancels, activates, adds, removes, replaces servers, scrubs."""
 
     def __init__(self, world: World, seed: int) -> None:
         self._world = world
         self._rng = random.Random(seed)
-        self.commands = self.accepted = 0
+        self.commands = self.accepted = self._replaced = 0
 
     async def run(self) -> None:
         while True:
             await asyncio.sleep(self._rng.expovariate(max(self._world.scenario.jobs, 1e-3)))
             command = self._rng.choice(
                 (self._drain, self._drain, self._migrate, self._compact, self._cancel,
-                 self._activate, self._remove, self._add)
+                 self._activate, self._remove, self._add, self._give_up, self._replace, self._scrub)
             )  # fmt: skip
             self.commands += 1
             try:
                 await command()
                 self.accepted += 1
+            except VswapError:
+                continue
+
+    async def dismiss(self, node: Node, clients: list[Client]) -> None:
+        """Empties a node that nobody uses any more, and has it leave, however often it takes."""
+        while not node.retired:
+            await asyncio.sleep(1.0)
+            for client in clients:
+                await client.clear()
+            departure, process = node.departure, node.up
+            if departure is None or process is None:
+                continue
+            try:
+                await self._world.net.call(process, departure.leave, timeout_s=30.0)
             except VswapError:
                 continue
 
@@ -379,6 +419,36 @@ class Operator:
     async def _drain(self) -> None:
         rate = self._rng.choice((0, 0, 200_000))
         await self._start(kind=pb.MOVE_KIND_DRAIN, tier=self._tier(), rate_bytes_s=rate)
+
+    async def _give_up(self) -> None:
+        """Drains a tier although a server of it may be gone."""
+        name = self._tier()
+        self._world.abandon(name)
+        await self._start(kind=pb.MOVE_KIND_DRAIN, tier=name, lost=True)
+
+    async def _replace(self) -> None:
+        name = self._tier()
+        tiers = (await self.ask("GetCluster", pb.GetClusterRequest())).tiers
+        urls = [url for tier in tiers if tier.tier.spec.name == name for url in tier.tier.spec.urls]
+        if urls:
+            self._world.abandon(name)
+            self._replaced += 1
+            request = pb.SetTierRequest(name=name)
+            request.replace = self._rng.choice(urls)
+            request.replace_by = f"redis://{name}-new-{self._replaced}"
+            await self.ask("SetTier", request)
+
+    async def _scrub(self) -> None:
+        node = self._rng.choice(self._world.members)
+        shard, process = node.ready, node.up
+        if shard is None or process is None:
+            return
+        rate = self._rng.choice((0, 1_000_000))
+        seen = await self._world.net.call(
+            process, lambda: shard.scrub(rate, Scrubbed()), timeout_s=20.0
+        )
+        if seen.lost_pages and not any(s.life for s in self._world.servers.values()):
+            raise Wrong(f"a scrub of {node.name} found {seen.lost_pages} pages lost")
 
     async def _migrate(self) -> None:
         await self._start(

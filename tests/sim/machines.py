@@ -11,6 +11,7 @@ import asyncio
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
@@ -26,7 +27,10 @@ from vswap.coordinator.runner import Runner
 from vswap.coordinator.service import NodeLinkService, OperatorService, add_tier
 from vswap.coordinator.store import Store
 from vswap.node.control import Control
+from vswap.node.departure import Departure
+from vswap.node.device import Device
 from vswap.node.pacer import Unpaced
+from vswap.node.readahead import ReadAhead
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.node.spaces import Limits
@@ -35,7 +39,7 @@ from vswap.tiers.spec import TierSpec
 from vswap.wire.errors import BackendRefused, TierUnavailable, VswapError
 
 MIB = 2**20
-SPACE, MAX_SLOTS = "s", 4096
+SPACE, DISK, MAX_SLOTS = "s", "d", 4096
 LEASE_S = 6.0
 
 _WINGS = Path(__file__).parents[2]
@@ -132,9 +136,13 @@ class Node(Machine):
         self._make_backend = make_backend
         self._coordinator = coordinator
         self.shard: Shard | None = None
+        self.disk: Device | None = None
+        """Of its space ``DISK``."""
+        self.on_open: Callable[[Shard], None] = lambda shard: None
         self._control: Control | None = None
+        self.departure: Departure | None = None
         self.retired = False
-        """It died for good."""
+        """It died for good, or has left."""
         self.failed: str = ""
         """Why it could not start, though it should have."""
 
@@ -162,12 +170,19 @@ class Node(Machine):
         )
         try:
             shard = await self._open(seams)
-            shard.spaces.create(SPACE, max_slots=MAX_SLOTS, limits=self._limits, exist_ok=True)
+            self.on_open(shard)
+            for name in (SPACE, DISK):
+                shard.spaces.create(name, max_slots=MAX_SLOTS, limits=self._limits, exist_ok=True)
+            disk = shard.spaces.get(DISK)
+            ahead = ReadAhead(shard.pager, shard.handles, shard.tiers, disk, Counter())
+            self.disk = Device(shard.pager, shard.promoter, ahead, disk)
             control = self._control = Control(
                 shard, name=self.name, address=f"{self.name}:1", coordinator="coordinator",
                 rng=random.Random(self._rng.getrandbits(64)),
                 make_channel=lambda _: Channel(self.net, self._coordinator.listening),  # type: ignore[arg-type,return-value]
             )  # fmt: skip
+            departure = self.departure = Departure(shard, done=self._leave)
+            departure.control = control
         except (Killed, asyncio.CancelledError):
             raise
         except BaseException as error:
@@ -175,6 +190,10 @@ class Node(Machine):
             raise
         self.shard = shard
         await control.run()
+
+    def _leave(self) -> None:
+        self.retired = True
+        self.kill()
 
     async def _open(self, seams: Seams) -> Shard:
         """As an init system would: again until the node's own tiers can be opened."""

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import structlog
+from sim.disk import DiskClient
 from sim.history import Wrong
 from sim.life import Client, Misfortune, Operator
 from sim.loop import Process, VirtualLoop
@@ -91,10 +92,11 @@ async def _run(loop: VirtualLoop, rng: random.Random, root: Path, outcome: Outco
     misfortune = Misfortune(world, rng.getrandbits(64))
     operator = Operator(world, rng.getrandbits(64))
     until_s = loop.time() + 1 + scenario.busy_s
-    clients = []
+    clients: list[Client] = []
     for node in world.nodes:
-        for _ in range(scenario.clients):
-            clients.append(Client(world, node, rng.getrandbits(64)))
+        kinds = [Client] * scenario.clients + [DiskClient] * scenario.disk_clients
+        for kind in kinds:
+            clients.append(kind(world, node, rng.getrandbits(64)))
             clients[-1].begin(until_s)
     fate = [
         loop.start(world.people, work)
@@ -110,20 +112,25 @@ async def _run(loop: VirtualLoop, rng: random.Random, root: Path, outcome: Outco
         await asyncio.sleep(0.25)
         check_now(world)
     await asyncio.gather(*working)
+    leaving = None
+    if scenario.leaves and len(world.members) > 1:
+        node = world.members[-1]
+        its = [client for client in clients if client.node is node]
+        leaving = loop.start(world.people, operator.dismiss(node, its))
+        await asyncio.wait([leaving], timeout=5.0)
     for task in fate:
         task.cancel()
     await asyncio.gather(*fate, return_exceptions=True)
-    burying = (
-        loop.start(world.people, operator.bury()) if len(world.members) < len(world.nodes) else None
-    )
-    await check_at_rest(world, burying)
+    await check_at_rest(world, leaving, operator.bury)
     counts = outcome.counts
-    counts["reads checked"] = sum(h.checked for h in world.histories.values())
+    histories = [*world.histories.values(), *world.disks.values()]
+    counts["reads checked"] = sum(history.checked for history in histories)
+    counts["reads of disks checked"] = sum(history.checked for history in world.disks.values())
     counts["commands"] = operator.commands
     counts["commands accepted"] = operator.accepted
     counts["lives"] = sum(machine.lives for machine in world.machines)
     counts["nodes retired"] = len(world.nodes) - len(world.members)
-    counts["pages missed"] = sum(history.missing for history in world.histories.values())
+    counts["pages missed"] = sum(history.missing for history in histories)
     for machine in (world.coordinator, *world.nodes):
         counts.update(f"killed in {where}" for where in machine.killed_at)
     assert world.coordinator.runner is not None

@@ -56,6 +56,10 @@ class Server:
         self.foreign = SegmentName(UUID(int=1), UUID(int=2), 3).key
         """Of another cluster on the same server: not ours to touch."""
         self.segments[self.foreign] = b"foreign"
+        self.torn: set[str] = set()
+        """Of what was put, what was not kept as it came."""
+        self.life = 0
+        """Another one each time it comes back with less than it had."""
         self.named: set[str] = set()
         """Every name that was ever put: none may be put twice."""
         self.misused: list[str] = []
@@ -65,11 +69,16 @@ class Server:
 
     def forget(self) -> None:
         """Loses segments that it had acknowledged, as a server that comes back empty does."""
+        self.life += 1
         share = self.rng.choice((0.2, 1.0))
         for key in [key for key in self.segments if self.rng.random() < share]:
             if key != self.foreign:
                 self.injected["forgotten"] += 1
                 del self.segments[key]
+
+    def has(self, key: str) -> bool:
+        """Whether it has all of a segment, or of its part of it, as it came."""
+        return key in self.segments and key not in self.torn
 
     def hits(self, fault: str) -> bool:
         probability: float = getattr(self.faults, fault)
@@ -155,6 +164,7 @@ class SimBackend(Backend):
             # Shorter, or with zeros in the end.
             torn = kept[: server.rng.randrange(len(kept))]
             kept = torn.ljust(len(kept), b"\0") if server.rng.random() < 0.5 else torn
+            server.torn.add(key)
         if kept:
             await self._exchange(lambda: server.put(key, kept), changes=True)
         else:
@@ -192,6 +202,9 @@ class SimBackend(Backend):
     async def usage(self) -> Usage:
         used = await self._exchange(lambda: sum(map(len, self._server.segments.values())))
         return Usage(used, None)
+
+    async def life(self) -> str:
+        return str(await self._exchange(lambda: self._server.life))
 
     async def _exchange(self, work: Callable[[], Any], *, changes: bool = False) -> Any:
         """Has the server do it. Raises TierUnavailable, or OutcomeUnknown where it ``changes``."""

@@ -17,7 +17,8 @@ TESTS = Path(__file__).parents[1]
 
 def simulate(*arguments: str) -> str:
     """Runs ``python -m sim``; returns what it says. Fails where it does."""
-    environ = {**os.environ, "PYTHONPATH": str(TESTS)}
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-m", "sim", *arguments], env=environ, text=True, capture_output=True
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import numpy as np
-from sim.history import Wrong
+from sim.disk import PAGES, DiskClient
+from sim.history import History, Wrong
 from sim.life import Client
-from sim.machines import SPACE, Node
+from sim.machines import Node
 from sim.storage import LATEST_S
 from sim.world import World, until
 
@@ -23,6 +25,7 @@ from vswap.tiers.backend import prefix
 
 _QUIET_S = 120.0
 _JOBS_S = 120.0
+_LEAVE_S = 120.0
 
 
 def check_now(world: World) -> None:
@@ -44,13 +47,15 @@ def check_now(world: World) -> None:
 
 def _books(name: str, shard: Shard) -> None:
     """The accounts against a recount of the table."""
-    space = shard.spaces.get(SPACE)
-    words = space.table.get(np.arange(space.max_slots, dtype=np.uint64))
-    tags = entry.tags(words)
-    if not np.array_equal(np.bincount(tags, minlength=16)[1:], space.pages_by_tag[1:]):
-        raise Wrong(f"{name}: pages by tier are {space.pages_by_tag}, counted {np.bincount(tags)}")
-    in_tier = (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)
-    counted = np.bincount(entry.handles(words[in_tier]), minlength=len(shard.handles.live_records))
+    counted = np.zeros(len(shard.handles.live_records), np.int64)
+    for space in shard.spaces:
+        words = space.table.get(np.arange(space.max_slots, dtype=np.uint64))
+        tags = entry.tags(words)
+        pages = np.bincount(tags, minlength=16)
+        if not np.array_equal(pages[1:], space.pages_by_tag[1:]):
+            raise Wrong(f"{name}: pages by tier are {space.pages_by_tag}, counted {pages}")
+        in_tier = (tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)
+        counted += np.bincount(entry.handles(words[in_tier]), minlength=len(counted))
     if not np.array_equal(counted, shard.handles.live_records):
         raise Wrong(f"{name}: live records of segments are not what the table says")
     if (shard.handles.pins < 0).any():
@@ -72,26 +77,34 @@ def _grants(world: World) -> None:
             raise Wrong(f"tier {name}: {total} bytes granted of {world.specs[name].capacity_bytes}")
 
 
-async def check_at_rest(world: World, burying: asyncio.Task[None] | None) -> None:
-    """After everything was mended: nothing lost, nothing left over, nobody stuck."""
+async def check_at_rest(
+    world: World, leaving: asyncio.Task[None] | None, bury: Callable[[], Awaitable[None]]
+) -> None:
+    """After everything was mended: nothing lost, nothing left over, nobody stuck. ``leaving`` is
+    done when a node has left that is to leave, ``bury`` forgets those that died for good."""
     world.calm()
+    if leaving is not None and not await until(leaving.done, _LEAVE_S):
+        raise Wrong("a node cannot leave")
     if not await until(lambda: _all_up(world), 60.0):
         raise Wrong("not everybody came back: " + "; ".join(_down(world)))
     await asyncio.sleep(LATEST_S + 3.0)  # What was late has come.
-    if burying is not None:
-        await burying
+    if len(world.members) < len(world.nodes):
+        await bury()
         await _swept(world)
     await _jobs_end(world)
     if not await until(lambda: all(_settled(n.ready) for n in world.members), _QUIET_S):
         raise Wrong("; ".join(f"{n.name}: {_unsettled(n.ready)}" for n in world.members))
     for node in world.members:
         await _all_pages(world, Client(world, node, 0))
+        await _whole_disk(world, DiskClient(world, node, 0))
     for node in world.members:
         assert node.up is not None
         await world.net.call(node.up, partial(_sweep, node), timeout_s=60.0)
     if not await until(lambda: all(_settled(n.ready) for n in world.members), _QUIET_S):
         raise Wrong("; ".join(f"{n.name}: {_unsettled(n.ready)}" for n in world.members))
     check_now(world)
+    await asyncio.sleep(3.0)  # Servers that came back empty unseen have been asked who they are.
+    _lacks_are_known(world)
     _nothing_left_over(world)
 
 
@@ -144,20 +157,13 @@ def _cannot_end(world: World, state: State, job: Job) -> bool:
         tier = shard.tiers.find(job.tier) if shard is not None else None
         if shard is None or tier is None:
             continue
-        if any(_is_gone(world, tier, handle) for handle in tier.segments):
+        if any(sum(world.parts(tier, h)) < tier.backend.stripes for h in tier.segments):
             return True
         if job.kind is MoveKind.DRAIN and _room_beside(world, state, shard, tier) < int(
             shard.ledger.bytes_by_tag[tier.tag]
         ):
             return True
     return False
-
-
-def _is_gone(world: World, tier: Tier, handle: int) -> bool:
-    """Fewer servers have the segment than it takes to read it."""
-    key = tier.segment_name(handle).key
-    holders = sum(key in world.server(url).segments for url in tier.spec.servers)
-    return holders < tier.backend.stripes
 
 
 def _room_beside(world: World, state: State, shard: Shard, source: Tier) -> int:
@@ -199,10 +205,37 @@ async def _all_pages(world: World, client: Client) -> None:
             raise Wrong(
                 f"{client.node.name}: slots from {start} on cannot be loaded: {client.last}"
             )
+    _ended_well(history)
+
+
+async def _whole_disk(world: World, client: DiskClient) -> None:
+    for page in range(PAGES):
+        if not await client.read(2 * page, 2, insist=True):
+            raise Wrong(f"{client.node.name}: its disk cannot be read: {client.last}")
+    _ended_well(world.disks[client.node.name])
+
+
+def _ended_well(history: History) -> None:
     history.check_order()
     for slot, writes in history.writes.items():
         if any(w.ended > history.now() for w in writes):
-            raise Wrong(f"slot {slot}: a call never came to its end")
+            raise Wrong(f"{history.where}: slot {slot}: a call never came to its end")
+
+
+def _lacks_are_known(world: World) -> None:
+    """No segment counts as whole that is not."""
+    for node in world.members:
+        shard = node.ready
+        assert shard is not None
+        for tier in shard.tiers:
+            for handle in tier.segments if tier.redundant is not None else ():
+                lacking = int(shard.handles.rows["lacking"][handle])
+                for place, there in enumerate(world.parts(tier, handle)):
+                    if not there and not lacking >> place & 1:
+                        name = tier.segment_name(handle).key
+                        raise Wrong(
+                            f"{node.name}: server {place} of {tier.name} lacks {name} unseen"
+                        )
 
 
 def _nothing_left_over(world: World) -> None:
@@ -236,6 +269,8 @@ def _nothing_left_over(world: World) -> None:
         if world.scenario.forgetful or name in spare:
             known[name] &= listed
         if name.endswith("-disk") and name.removesuffix("-disk") not in known_nodes:
+            continue
+        if server in world.abandoned:
             continue
         if listed != known[name]:
             raise Wrong(

@@ -7,16 +7,21 @@ import random
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sim.history import History
+import numpy as np
+from sim.history import History, Wrong
 from sim.loop import Process, VirtualLoop
 from sim.machines import MIB, Coordinator, Machine, Node
 from sim.net import Net
 from sim.storage import Faults, Server, SimBackend
 
 from vswap.coordinator.balance import Policy
-from vswap.node.spaces import Limits
+from vswap.node import entry
+from vswap.node.shard import Shard
+from vswap.node.spaces import Limits, Space
+from vswap.node.tier import Tier
 from vswap.tiers.backend import Backend
 from vswap.tiers.factory import make_redundant
+from vswap.tiers.record import U64
 from vswap.tiers.spec import TierSpec
 
 KIB = 1024
@@ -37,6 +42,8 @@ class Scenario:
     """Pages may lie in RAM; else they go straight to slower tiers."""
     slots: int
     clients: int
+    disk_clients: int
+    """Of each node's block device."""
     busy_s: float
     storms: float
     """How much of everything bad: 0 = none, 1 = a lot."""
@@ -46,6 +53,8 @@ class Scenario:
     """A server loses what it had acknowledged, once."""
     retires: bool
     """A node dies for good, and is forgotten."""
+    leaves: bool
+    """A node is emptied, and leaves for good."""
     jobs: float
     """Operator's commands a second."""
 
@@ -60,11 +69,13 @@ class Scenario:
             memory=rng.random() < 0.7,
             slots=rng.choice((24, 24, 150, 350)),
             clients=rng.choice((1, 2, 3)),
+            disk_clients=rng.choice((0, 1, 1, 2)),
             busy_s=rng.uniform(4, 10),
             storms=rng.choice((0, 0.3, 1, 1)),
             crashes=rng.choice((0, 0.15, 0.4)),
-            forgetful=rng.random() < 0.15,
+            forgetful=rng.random() < 0.25,
             retires=rng.random() < 0.2,
+            leaves=rng.random() < 0.2,
             jobs=rng.choice((0, 0.2, 0.5)),
         )
 
@@ -99,7 +110,11 @@ class World:
             for i in range(wanted.nodes)
         ]  # fmt: skip
         self.histories = {node.name: History(node.name) for node in self.nodes}
-        self.lowered = False
+        self.disks = {node.name: History(f"the disk of {node.name}") for node in self.nodes}
+        self.abandoned: set[Server] = set()
+        """Servers that may keep what nobody will ever look for: they were given up, or replaced."""
+        for node in self.nodes:
+            node.on_open = self._watch
 
     @property
     def members(self) -> list[Node]:
@@ -159,11 +174,47 @@ class World:
             self.servers[name] = Server(name, self.net, random.Random(self.rng.getrandbits(64)))
         return self.servers[name]
 
-    def spared(self, server: Server) -> bool:
-        """Whether nothing may be lost with it: others have all of it, as nothing else is wrong."""
-        redundant = {url for spec in self.specs.values() if spec.redundant for url in spec.urls}
-        calm = not self.scenario.storms and not self.scenario.crashes
-        return calm and any(self.server(url) is server for url in sorted(redundant))
+    def abandon(self, tier: str) -> None:
+        """From now on servers of that tier may be given up with what lies on them."""
+        prefixes = f"{tier}-", f"{tier} "
+        self.abandoned |= {s for n, s in self.servers.items() if f"{n} ".startswith(prefixes)}
+
+    # ---------------------------------------------------------------- what may be lost
+
+    def parts(self, tier: Tier, handle: int) -> list[bool]:
+        """Which servers of the tier have their part of a segment."""
+        key = tier.segment_name(handle).key
+        return [self.server(url).has(key) for url in tier.spec.servers]
+
+    def gone(self, shard: Shard, word: int) -> bool:
+        """Whether no server, up or down, can ever give the page of an entry again."""
+        tag = word >> int(entry.TAG_SHIFT)
+        if tag == entry.POISON:
+            return True  # :meth:`_watch` saw how it came to that.
+        if not entry.FIRST_TIER <= tag <= entry.LAST_TIER:
+            return False
+        tier = shard.tiers.by_tag(tag)
+        [handle] = entry.handles(np.array([word], np.uint64)).tolist()
+        return tier.ram is None and sum(self.parts(tier, handle)) < tier.backend.stripes
+
+    def judge_lost(self, shard: Shard, slots: U64, *words: U64) -> None:
+        """Raises Wrong unless each slot's page is gone, going by one of the entries it had."""
+        for slot, *had in zip(slots.tolist(), *(w.tolist() for w in words), strict=True):
+            if not any(self.gone(shard, word) for word in had):
+                told = ", ".join(f"{word:#x}" for word in had)
+                raise Wrong(f"slot {slot} counts as lost, and is there (entry {told})")
+
+    def _watch(self, shard: Shard) -> None:
+        """Pages are given up, or set aside as damaged, only where no good copy exists."""
+
+        def changed(space: Space, slots: U64, old: U64, words: U64) -> None:
+            bad = (entry.tags(words) == entry.POISON) & (entry.tags(old) != entry.POISON)
+            try:
+                self.judge_lost(shard, slots[bad], old[bad])
+            except Wrong as wrong:
+                self.loop.unexpected.append(f"given up: {wrong}")
+
+        shard.ledger.watchers.append(changed)
 
     # ---------------------------------------------------------------- weather
 

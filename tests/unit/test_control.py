@@ -17,6 +17,7 @@ import pytest
 from shards import objects, open_shard, pages, ram, slots
 
 from vswap.node.control import Control
+from vswap.node.departure import Departure
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.node.spaces import Limits
@@ -575,6 +576,21 @@ async def test_a_defect_does_not_end_the_link(
             stream = await coordinator.stream()
             await stream.hears("report")
             assert failed
+
+
+async def test_a_node_that_was_killed_after_its_goodbye_can_leave(tmp_path: Path) -> None:
+    coordinator = Coordinator()
+    coordinator.refuses = Refused("forgotten", forgotten=True)
+    left: list[bool] = []
+    async with open_shard(tmp_path / "s", ram()) as shard:
+        await shard.join(UUID(coordinator.cluster))
+        async with listening(coordinator) as address, linked(shard, address) as control:
+            await control.attempted.wait()
+            departure = Departure(shard, done=lambda: left.append(True))
+            departure.control = control
+            async with asyncio.timeout(5):
+                await departure.leave()
+    assert left
 
 
 @pytest.mark.parametrize("lost", ["nothing", "the goodbye", "the farewell"])

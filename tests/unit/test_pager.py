@@ -16,8 +16,9 @@ from shards import MIB, objects, open_shard, page, pages, ram, slots
 from vswap.node.seams import Seams
 from vswap.node.spaces import Limits
 from vswap.node.tier import TierState
-from vswap.tiers.backend import Backend
+from vswap.tiers.backend import Backend, Buffer, SegmentName
 from vswap.tiers.factory import make_backend
+from vswap.tiers.record import U8
 from vswap.tiers.spec import TierSpec
 from vswap.tiers.wrappers.faulty import FaultPlan, Faulty
 from vswap.wire.errors import (
@@ -377,6 +378,35 @@ async def test_concurrent_stores_of_one_slot_end_with_the_last_acknowledged(tmp_
             loaded = await shard.pager.load(space, small)
             assert (loaded == pages(small, 2 * turn + 1)).all()
         assert (shard.handles.pins == 0).all()
+
+
+async def test_an_update_does_not_undo_a_store_that_it_did_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun before it and done after it, the store comes after the update, for what that read."""
+    async with open_shard(tmp_path / "s", objects(tmp_path / "o")) as shard:
+        space, where = shard.spaces.create("s"), slots(0)
+        await shard.pager.store(space, where, pages(where, 1))
+        [tier] = shard.tiers
+        put, asked, gate = tier.backend.put, asyncio.Event(), asyncio.Event()
+
+        async def slow(name: SegmentName, data: Buffer) -> None:
+            asked.set()
+            await gate.wait()
+            await put(name, data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(tier.backend, "put", slow)
+            store = asyncio.create_task(shard.pager.store(space, where, pages(where, 2)))
+            await asyncio.wait_for(asked.wait(), 10)
+
+        def edit(held: U8) -> None:
+            held[:, 2048:] = 7
+
+        await shard.pager.update(space, where, edit)
+        gate.set()
+        await store
+        assert (await shard.pager.load(space, where) == pages(where, 2)).all()
 
 
 async def test_stores_at_once_do_not_share_the_same_room(tmp_path: Path) -> None:

@@ -298,6 +298,20 @@ async def test_a_server_that_does_not_keep_what_it_acknowledged(tmp_path: Path) 
     await backend.close()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", [0, 1])
+async def test_a_stray_of_a_few_bytes_has_no_negative_length(
+    kind: str, place: int, tmp_path: Path
+) -> None:
+    async with open_tier(kind, tmp_path) as tier:
+        [name] = segments(1, 100)
+        for member in tier.backend.members[: place + 1]:
+            await member.backend.put(name, b"torn")
+        [listed] = [item async for item in tier.backend.list(prefix())]
+        assert listed.key == name.key
+        assert listed.bytes >= 0
+
+
 async def test_deletes_wait_for_nobody_who_is_down(tmp_path: Path) -> None:
     async with open_tier("mirror:2", tmp_path) as tier:
         stored = segments(3, 100)

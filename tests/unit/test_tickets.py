@@ -39,6 +39,19 @@ def test_a_free_in_between_counts_as_newer() -> None:
     assert won(tickets, [5], 10) == [False]
 
 
+def test_an_edit_comes_right_after_what_it_found() -> None:
+    tickets = Tickets()
+    tickets.begin(1, [5])
+    tickets.flip(1, np.array([5], np.uint64), 10)
+    tickets.flip(1, np.array([5], np.uint64), 20, edit=True)
+    assert won(tickets, [5], 9) == [False]
+    assert won(tickets, [5], 15) == [True]
+    assert tickets.newest(1, [5]) == [20]
+    tickets.flip(1, np.array([5], np.uint64), 15)
+    assert tickets.newest(1, [5]) == [15]
+    assert won(tickets, [5], 12) == [False]
+
+
 def test_nothing_is_remembered_once_all_are_done() -> None:
     tickets = Tickets()
     for ticket in range(1, 100):
@@ -48,6 +61,7 @@ def test_nothing_is_remembered_once_all_are_done() -> None:
         tickets.end(1, slots)
     assert not tickets._open[1]
     assert not tickets._flipped[1]
+    assert not tickets._last[1]
 
 
 def test_spaces_do_not_meet() -> None:

@@ -86,7 +86,12 @@ def show(
 @app.command()
 def fault(
     name: Annotated[str, typer.Argument(metavar="NODE", help="Node, by its name.")],
-    tier: Annotated[str, typer.Argument(metavar="TIER", help="Tier that is to misbehave.")],
+    tier: Annotated[
+        str,
+        typer.Argument(
+            metavar="TIER", help="Tier that is to misbehave; red/2: only its second server."
+        ),
+    ],
     plan: Annotated[
         str, typer.Argument(metavar="PLAN|off", help="Such as seed=7,error=0.01,delay_ms=20.")
     ],

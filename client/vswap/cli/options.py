@@ -72,8 +72,8 @@ Faults = Annotated[
     typer.Option(
         "--fault",
         metavar="TIER=PLAN",
-        help="Make a tier misbehave, such as red=seed=7,error=0.01,delay=0.1,delay_ms=20; "
-        "repeatable. For tests.",
+        help="Make a tier misbehave, such as red=seed=7,error=0.01,delay=0.1,delay_ms=20, or a "
+        "server of it, such as red/2=flip=1; repeatable. For tests.",
     ),
 ]
 

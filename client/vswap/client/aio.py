@@ -111,8 +111,9 @@ class AsyncClient:
         return await self._run(calls.status())
 
     async def set_fault(self, tier: str, plan: str) -> str:
-        """Make a tier of the node misbehave ("off": no longer); returns the plan before, "" for
-        none. Refused by a node that was not started with ``--allow-faults``."""
+        """Make a tier of the node misbehave, or, as ``red/2``, one of its servers ("off": no
+        longer); returns the plan before, "" for none. Refused by a node that was not started with
+        ``--allow-faults``."""
         return await self._run(calls.set_fault(tier, plan))
 
     async def leave(self) -> None:

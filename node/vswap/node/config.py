@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from vswap.node.faults import split
 from vswap.node.spaces import DEFAULT_MAX_SLOTS, MIN_PAGE_BYTES, Limits, check_name, check_shape
 from vswap.tiers.spec import TierName, TierSpec
 from vswap.tiers.wrappers.faulty import FaultPlan
@@ -59,6 +60,7 @@ def _valid(check: Callable[[Any], Any]) -> AfterValidator:
 
 
 Address = Annotated[str, _valid(check_address)]
+FaultTarget = Annotated[str, _valid(split)]
 FaultPlanText = Annotated[str, _valid(FaultPlan.parse)]
 
 
@@ -123,8 +125,8 @@ class NodeConfig(BaseModel):
     inflight_bytes: int = Field(default=64 * 2**20, ge=2**20)
     """Page bytes of requests under way; further ones wait."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
-    faults: dict[TierName, FaultPlanText] = {}
-    """Fault plans by tier, also of tiers that the cluster has yet to tell of."""
+    faults: dict[FaultTarget, FaultPlanText] = {}
+    """Fault plans by tier, or server (``red/2``), also of what the cluster has yet to tell of."""
     allow_faults: bool = False
     """Plans may be set while the node runs; so they may if it was started with one."""
     tiers: tuple[TierSpec, ...] = Field(default_factory=lambda: (_default_tier(),), min_length=1)
@@ -143,12 +145,13 @@ class NodeConfig(BaseModel):
             if tier.scheme == "ram" and not tier.capacity_bytes:
                 raise ValueError(f"tier {tier.name!r}: a RAM tier needs capacity_bytes")
         for tier in self.tiers:
-            if tier.scheme == "ram" and tier.name in self.faults:
+            if tier.scheme == "ram" and tier.name in {split(target)[0] for target in self.faults}:
                 raise ValueError(f"tier {tier.name!r} is RAM, which cannot be made to misbehave")
         known = {tier.name for tier in self.tiers}
-        stranger = min(set(self.faults) - known, default=None)
-        if stranger is not None and not self.coordinator:
-            raise ValueError(f"fault plan: no tier named {stranger!r}")
+        servers = {f"{t.name}/{n + 1}" for t in self.tiers for n in range(len(t.urls))}
+        stranger = min(set(self.faults) - known - servers, default=None)
+        if stranger is not None and (not self.coordinator or split(stranger)[0] in known):
+            raise ValueError(f"fault plan: no tier or server named {stranger!r}")
         for space in self.spaces:
             unknown = {*space.tiers, *space.tier_max_bytes} - known
             # With a coordinator they may be the cluster's, which we do not know yet.

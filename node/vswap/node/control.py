@@ -87,12 +87,20 @@ class Control:
     def connected(self) -> bool:
         return self._connected
 
+    @property
+    def buried(self) -> bool:
+        """The coordinator has forgotten this node for good."""
+        return self.refused is not None and _is_buried(self.refused)
+
     async def goodbye(self) -> None:
-        """Tells the coordinator that this node has left for good, until it confirms that.
+        """Tells the coordinator that this node has left for good, until it confirms that, unless it
+        knows: a life that was killed since may have told it.
 
         The node holds nothing any more and must take nothing from here on.
         """
         self._leaving = True
+        if self.buried:
+            return
         if self._connected:
             self._say_goodbye()
         await self._gone.wait()

@@ -92,7 +92,7 @@ class Departure:
     def _check_coordinator(self) -> None:
         if self._shard.cluster is None:
             return
-        if self.control is None or not self.control.connected:
+        if self.control is None or not (self.control.connected or self.control.buried):
             raise Refused(
                 "this node cannot leave its cluster while the coordinator is away: it has to be "
                 "told (once it is back, and the node stopped, vswap node forget does it too)"

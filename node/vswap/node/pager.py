@@ -513,7 +513,7 @@ class Pager:
             self._check_all(space, slots, words)
         space.table.reserve(slots)
         self._ledger.flip(space, slots, words, space.table.get(slots))
-        self._tickets.flip(space.number, slots, ticket)
+        self._tickets.flip(space.number, slots, ticket, edit=seen is not None)
 
     # ---------------------------------------------------------------- load
 

@@ -27,6 +27,7 @@ from vswap.node.contents import ContentsReader
 from vswap.node.differences import Checked
 from vswap.node.directives import Directives
 from vswap.node.evacuator import Evacuator
+from vswap.node.faults import split
 from vswap.node.former import delete_former
 from vswap.node.grants import Grants
 from vswap.node.handles import UNBEGUN, Handles, begun, boot_id, erase
@@ -366,6 +367,8 @@ class Shard:
                 other = self._seams.make_backend(member)
             except BadConfig as error:
                 other = Unmade(spec.name, str(error))
+            if self._seams.faults is not None:
+                other = self._seams.faults.wrap_server(spec.name, place, other)
             old = backend.members[place].backend
             backend.replace(place, member.safe_url, other)
             self.upkeep.replaced(backend, place)
@@ -483,14 +486,20 @@ class Shard:
         return None if self._seams.faults is None else dict(self._seams.faults.plans)
 
     def set_fault(self, name: str, plan: str) -> str:
-        """Makes a tier misbehave, or no longer ("off"); returns the plan before, "" for none.
+        """Makes a tier, or ``tier/2``, a server of it, misbehave, or no longer ("off"); returns the
+        plan before, "" for none.
 
         Raises Refused, UnknownTier, BadConfig.
         """
         if self._seams.faults is None:
             raise Refused("this node was not started with --allow-faults")
-        if self.tiers.get(name).ram is not None:
+        tier_name, server = split(name)
+        tier = self.tiers.get(tier_name)
+        if tier.ram is not None:
             raise Refused(f"tier {name} is RAM, which cannot be made to misbehave", tier=name)
+        servers = len(tier.redundant.members) if tier.redundant is not None else 0
+        if server > servers:
+            raise Refused(f"{name}: tier {tier_name} has {servers or 'no'} servers to choose from")
         return self._seams.faults.set(name, plan)
 
     # ---------------------------------------------------------------- grants

@@ -101,10 +101,12 @@ class Coded(Redundant):
 
     def _whole(self, name: SegmentName, sizes: dict[int, int]) -> int:
         """Exact where all stripes are listed, else rounded up to whole ones."""
-        data = [sizes.get(self._place(name, index)) for index in range(self.k)]
+        # Torn ones, and what others left under such a name, may be shorter than their header.
+        stripes = {place: max(size - HEADER_BYTES, 0) for place, size in sizes.items()}
+        data = [stripes.get(self._place(name, index)) for index in range(self.k)]
         if None in data:
-            return self.k * (max(sizes.values()) - HEADER_BYTES)
-        return sum(size - HEADER_BYTES for size in data if size is not None)
+            return self.k * max(stripes.values())
+        return sum(size for size in data if size is not None)
 
     # ---------------------------------------------------------------- reading
 
