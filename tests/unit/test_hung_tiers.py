@@ -178,3 +178,32 @@ async def test_a_tier_that_hangs_holds_up_no_housekeeping(
     site.servers["member-0"].dead = False
     await until(lambda: not backend.down)
     await shard.close()
+
+
+async def test_what_dies_while_another_tier_is_read_is_deleted_once_nobody_brings_it(
+    tmp_path: Path,
+) -> None:
+    """Pages of two tiers are brought to RAM; the first tier does not answer, and meanwhile those of
+    the second are freed."""
+    site = Site(tmp_path)
+    more = SLOTS + np.uint64(50)
+    async with open_shard(
+        site.state, ram(mib=8), site.tier("a"), site.tier("b"), seams=site.seams()
+    ) as shard:
+        space = shard.spaces.create("s")
+        for name, where in (("a", SLOTS), ("b", more)):
+            shard.spaces.change("s", Limits(tiers=(name,)))
+            await shard.pager.store(space, where, PAGES)
+        shard.spaces.change("s", Limits())
+        gate = site.hang("a")
+        bringing = asyncio.create_task(shard.promoter.bring(space, np.concatenate((SLOTS, more))))
+        await asyncio.sleep(0.05)
+        await shard.pager.free(space, more)
+        await asyncio.sleep(0.05)
+        gate.set()
+        async with asyncio.timeout(SOON_S):
+            await bringing
+            while shard.tiers.get("b").segments:
+                await asyncio.sleep(0.01)
+        assert not shard.handles.pins.any()
+        assert not shard.reaper.pending

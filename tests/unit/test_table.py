@@ -145,3 +145,17 @@ def test_what_an_earlier_life_left_is_touched_where_memory_is_locked(tmp_path: P
     assert in_memory >= 2 << 20
     assert again.allocated_bytes == allocated, "a hole was touched"
     again.close()
+
+
+def test_a_chunk_that_was_punched_is_not_allocated_by_looking(tmp_path: Path) -> None:
+    """Who walks over chunks gives way in between, and the last slot of one may be freed there."""
+    table = SwapTable(Region(tmp_path), "t", 5 * CHUNK_SLOTS, SHARD, create=True)
+    put(table, slots(3), slots(9))
+    [chunk] = table.chunks().tolist()
+    put(table, slots(3), slots(0))
+    found, words = table.scan(chunk)
+    assert not len(found)
+    assert not len(words)
+    assert not len(table.astray())
+    blocks = (tmp_path / "t.table").stat().st_blocks
+    assert blocks * 512 <= 4096, "the hole was allocated"

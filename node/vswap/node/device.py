@@ -46,6 +46,10 @@ def tier(words: U64) -> U32:
     return entry.tags(words).astype(np.uint32)
 
 
+def _never() -> bool:
+    return False
+
+
 class Device:
     """One space's disk. Event loop only; all methods may run concurrently.
 
@@ -157,12 +161,20 @@ class Device:
         async with lock:
             await self._pager.update(self.space, np.array([slot], np.uint64), apply)
 
-    async def zero(self, offset: int, length: int, *, hole: bool) -> None:
+    async def zero(
+        self, offset: int, length: int, *, hole: bool, stop: Callable[[], bool] = _never
+    ) -> None:
         """Zeros a range. ``hole`` frees the slots of whole pages; else they hold a page of zeros,
-        which takes no more room than its entry."""
-        await self._zero_edges(offset, length)
+        which takes no more room than its entry.
+
+        Each step counts as newer than all that was stored before it, so it ends as soon as
+        ``stop`` says that nobody waits for it any more.
+        """
+        await self._zero_edges(offset, length, stop)
         first, end = self.inner(offset, length)
         for start in range(first, end, _STEP_SLOTS):
+            if stop():
+                return
             slots = np.arange(start, min(start + _STEP_SLOTS, end), dtype=np.uint64)
             if hole:
                 await self._pager.free(self.space, slots)
@@ -170,9 +182,9 @@ class Device:
                 await self._pager.fill(self.space, slots)
             await asyncio.sleep(0)
 
-    async def _zero_edges(self, offset: int, length: int) -> None:
+    async def _zero_edges(self, offset: int, length: int, stop: Callable[[], bool]) -> None:
         end, position = offset + length, offset
-        while position < end:
+        while position < end and not stop():
             start = position & self._mask
             size = min(self._mask + 1 - start, end - position)
             if size <= self._mask:
@@ -182,11 +194,14 @@ class Device:
                 # On to the page that the range ends in, if it ends inside one.
                 position = max(end & ~self._mask, position + size)
 
-    async def trim(self, offset: int, length: int) -> None:
-        """Frees the slots of whole pages in a range; the rest is left as it is."""
+    async def trim(self, offset: int, length: int, *, stop: Callable[[], bool] = _never) -> None:
+        """Frees the slots of whole pages in a range; the rest is left as it is. ``stop`` as in
+        :meth:`zero`."""
         first, end = self.inner(offset, length)
         if first < end:
-            await self.zero(first << self._shift, (end - first) << self._shift, hole=True)
+            await self.zero(
+                first << self._shift, (end - first) << self._shift, hole=True, stop=stop
+            )
 
     # ---------------------------------------------------------------- extents
 

@@ -94,19 +94,21 @@ class Promoter:
         asks for. As far as there is room; what cannot be read or moved stays where it is."""
         words = space.table.get(slots)
         tags = entry.tags(words)
-        for tag in np.unique(tags[(tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)]).tolist():
-            tier = self._tiers.by_tag(tag)
-            if tier.ram is not None or self._target(space) is None:
-                continue
-            some, old = slots[tags == tag], words[tags == tag]
-            pinned = np.unique(entry.handles(old))
-            self._handles.pins[pinned] += 1
-            try:
+        stored = np.unique(tags[(tags >= entry.FIRST_TIER) & (tags <= entry.LAST_TIER)])
+        slow = [tier for tier in map(self._tiers.by_tag, stored.tolist()) if tier.ram is None]
+        # All of them now: while one tier is read, what lies in the others may die.
+        pinned = np.unique(entry.handles(words[np.isin(tags, [tier.tag for tier in slow])]))
+        self._handles.pins[pinned] += 1
+        try:
+            for tier in slow:
+                if self._target(space) is None:
+                    break
+                some, old = slots[tags == tier.tag], words[tags == tier.tag]
                 found = await self._reader.in_backend(tier, space, some, old, np.arange(len(some)))
                 ok = found.records.valid()
                 await self._promote(space, found.records.take(ok), old[found.index[ok]])
-            finally:
-                self._reaper.unpin_many(pinned)
+        finally:
+            self._reaper.unpin_many(pinned)
 
     async def run(self) -> None:
         """Promotes what was offered, for ever."""

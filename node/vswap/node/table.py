@@ -218,7 +218,10 @@ class SwapTable:
         return np.flatnonzero(self._used)
 
     def scan(self, chunk: int) -> tuple[U64, U64]:
-        """Slots in use of an allocated chunk, and their entries (copies)."""
+        """Slots in use of a chunk, and their entries (copies)."""
+        if not self._used[chunk]:
+            # It was punched since somebody asked for chunks: reading it would allocate it.
+            return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
         start = chunk * CHUNK_SLOTS
         words = self._words[start : start + CHUNK_SLOTS]
         used = np.flatnonzero(words).astype(np.uint64)

@@ -145,9 +145,13 @@ class Session:
         self, command: int, cookie: int, offset: int, length: int, flags: int
     ) -> None:
         device = self._device
+
+        def stop() -> bool:
+            return self._link.gone
+
         try:
             if command == Command.TRIM:
-                await device.trim(offset, length)
+                await device.trim(offset, length, stop=stop)
             elif command == Command.CACHE:
                 await device.cache(offset, length)
             elif flags & wire.FAST_ZERO and (offset | length) & self._page_mask:
@@ -155,7 +159,7 @@ class Session:
                 self._answers.refuse(cookie, wire.ENOTSUP, why)
                 return
             else:
-                await device.zero(offset, length, hole=not flags & wire.NO_HOLE)
+                await device.zero(offset, length, hole=not flags & wire.NO_HOLE, stop=stop)
         except VswapError as error:
             self._answers.fail(cookie, error)
         else:
