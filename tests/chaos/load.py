@@ -139,7 +139,8 @@ class Load(Record):
         self._threads: list[threading.Thread] = []
 
     def add(self, work: object, *arguments: object) -> None:
-        thread = threading.Thread(target=self._work, args=(work, *arguments))
+        # A run that is broken off does not wait for them.
+        thread = threading.Thread(target=self._work, args=(work, *arguments), daemon=True)
         self._threads.append(thread)
         thread.start()
 
