@@ -87,6 +87,8 @@ class Shard:
         """Tier name to tag, as in ``tiers.json``; a tag is freed only when its tier is empty."""
         self._configured: list[tuple[TierSpec, TierState]] = []
         self.generation = 0
+        self._outlived = False
+        """The cluster knows a newer life of this shard, as it last said; on file with the tiers."""
         self._background: set[asyncio.Task[None]] = set()
         self._tending: dict[Tier, asyncio.Task[Any]] = {}
         """Who opens or sweeps a tier, beside the others: one that does not answer holds up none."""
@@ -144,7 +146,9 @@ class Shard:
             self._add_tier(spec, state, local=False)
         if not new:
             recover(self.handles, self.ledger, self.spaces, self.tiers, self.reaper)
-        self.handles.begin_life()
+        if not self._outlived:
+            # It must not become the newest by a restart, nor the newest one's equal.
+            self.handles.begin_life()
         if new:
             self._region.remove(UNBEGUN)
         await self._open_first(unknown)
@@ -286,20 +290,21 @@ class Shard:
         own tiers stays.
 
         ``outlived``: or it knows a newer life of it. What is there may be that one's, so nothing is
-        deleted either, until the cluster takes this one for the newest.
+        deleted either, in later lives as well, until the cluster takes this one for the newest.
         """
         for tier in self.tiers:
             if not tier.local:
                 tier.state, tier.fenced = TierState.DRAINED, outlived
-        before = self._configured
-        self._configured = [(spec, TierState.DRAINED) for spec, _ in before]
-        if before != self._configured:
+        before = self._configured, self._outlived
+        self._configured = [(spec, TierState.DRAINED) for spec, _ in self._configured]
+        self._outlived = outlived
+        if before != (self._configured, self._outlived):
             try:
                 self._save_tiers()
             except VswapError as error:
                 # Shared memory is full. The coordinator will say it again.
-                self._configured = before
-                logger.warning("cannot note that the cluster forgot this node", error=str(error))
+                self._configured, self._outlived = before
+                logger.warning("cannot note that the cluster refused this node", error=str(error))
 
     # ---------------------------------------------------------------- tiers
 
@@ -318,7 +323,7 @@ class Shard:
                     f"tier {spec.name!r} of the cluster has the name of one of this node's own",
                     name=spec.name,
                 )
-        self.generation = generation
+        self.generation, self._outlived = generation, False
         for tier in self.tiers:
             tier.fenced = False
         wanted = {spec.name: (spec, state) for spec, state in tiers}
@@ -394,6 +399,7 @@ class Shard:
             clock=self._seams.clock, rng=self._seams.rng,
         )  # fmt: skip
         tier.state = state
+        tier.fenced = self._outlived and not local
         tier.on_pressure = self.reclaim.poke
         log: RamLog | SegmentLog
         if tier.ram is not None:
@@ -462,6 +468,7 @@ class Shard:
             "version": TIERS_VERSION,
             "tags": self._tags,
             "generation": self.generation,
+            "outlived": self._outlived,
             "tiers": [
                 {"spec": spec.model_dump(), "state": int(state)} for spec, state in self._configured
             ],
@@ -474,6 +481,7 @@ class Shard:
         try:
             self._tags = {str(name): int(tag) for name, tag in state["tags"].items()}
             self.generation = int(state["generation"])
+            self._outlived = bool(state.get("outlived"))
             self._configured = [
                 (TierSpec(**item["spec"]), TierState(item["state"])) for item in state["tiers"]
             ]
