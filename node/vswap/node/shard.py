@@ -38,7 +38,7 @@ from vswap.node.promote import Promoter
 from vswap.node.reader import Reader
 from vswap.node.reaper import Reaper
 from vswap.node.reclaim import Reclaim
-from vswap.node.recover import recover
+from vswap.node.recover import recount, recover
 from vswap.node.scrub import Scrubbed, Scrubber
 from vswap.node.seams import Seams
 from vswap.node.spaces import Spaces, load_json, replace_json
@@ -138,6 +138,7 @@ class Shard:
         self._assemble()
         if not new:
             self._load_tiers()
+            recount(self.ledger)
         self._save_tiers()
         unknown = [spec.name for spec in specs if spec.name not in self._tags]
         for spec in specs:
@@ -426,13 +427,15 @@ class Shard:
 
     def _make_arena(self, spec: TierSpec, tag: int, capacity: int) -> RamBackend:
         name = f"tier-{tag}.arena"
-        rows = self.handles.rows[self.handles.in_use()]
-        if not self._region.exists(name):
-            if (rows["tag"] == tag).any():
-                raise StateInvalid(
-                    f"{name}, with the pages of tier {spec.name}, is missing; --fresh starts empty"
-                )
+        rows = self.handles.rows[np.flatnonzero(self.handles.live_records)]
+        blocks = rows["block"][rows["tag"] == tag]
+        if not blocks.size:
+            # Of whatever capacity it was: a first start that failed may have left one.
             return RamBackend(self._region.create(name, capacity), capacity)
+        if not self._region.exists(name):
+            raise StateInvalid(
+                f"{name}, with the pages of tier {spec.name}, is missing; --fresh starts empty"
+            )
         old = self._region.size(name)
         if old - mmap.PAGESIZE >= capacity or block_size(old) != block_size(capacity):
             # Rows name their blocks by number, which would now mean other bytes.
@@ -441,8 +444,7 @@ class Shard:
                 f"of {capacity}: set capacity_bytes back, or start with --fresh and lose the pages",
                 tier=spec.name,
             )
-        blocks = rows["block"][rows["tag"] == tag]
-        if blocks.size and (int(blocks.max()) + 1) * block_size(old) > old:
+        if (int(blocks.max()) + 1) * block_size(old) > old:
             raise StateInvalid(f"{name} is shorter than what lies in it; --fresh starts empty")
         return RamBackend(self._region.open(name, capacity, grow=True), capacity)
 
