@@ -342,6 +342,9 @@ class Shard:
             self.upkeep.forget(tier)
             if tier in self._tending:
                 self._tending[tier].cancel()
+            if not tier.tried.done():
+                # It may never have got as far.
+                tier.tried.set_result(None)
             if self._seams.faults is not None:
                 self._seams.faults.forget(tier.name)
             await tier.backend.close()
