@@ -15,7 +15,7 @@ from shards import MIB, objects, open_shard, pages, ram
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.node.spaces import Limits
-from vswap.node.tier import TierState
+from vswap.node.tier import Tier, TierState
 from vswap.tiers.backend import Backend
 from vswap.tiers.factory import make_redundant, make_single
 from vswap.tiers.spec import TierSpec
@@ -205,3 +205,21 @@ async def test_nobody_waits_for_a_tier_that_went_before_it_was_tried(
         assert not tried.done()
         await shard.configure(2, [])
         assert tried.done()
+
+
+async def test_a_sweep_is_not_forgotten_over_a_check(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They fall due in one tick, and a tier has one of them at a time."""
+    monkeypatch.setattr("vswap.node.shard._CHECK_S", 0.0)
+    monkeypatch.setattr("vswap.node.shard._SWEEP_S", 1.0)
+    async with open_shard(site.state, site.tier("t"), seams=site.seams()) as shard:
+        swept = asyncio.Event()
+
+        async def sweep(_: Tier) -> int:
+            swept.set()
+            return 0
+
+        monkeypatch.setattr(shard._sweeper, "sweep", sweep)
+        async with asyncio.timeout(SOON_S):
+            await swept.wait()

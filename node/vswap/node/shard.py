@@ -557,7 +557,8 @@ class Shard:
                     self._tend(tier, self._open_backend)
                 self._regrow(tier)
                 self.upkeep.watch(tier)
-                if tier.opened and tier.suspect and not tier.sick_for_s and not tier.redundant:
+                due = tier.sweep_due or (tier.suspect and not tier.redundant)
+                if tier.opened and due and not tier.sick_for_s:
                     self._tend(tier, self._sweep_quietly)
                 if tier.local:
                     self.reclaim.mend(tier, self.upkeep.repairable(tier))
@@ -577,8 +578,8 @@ class Shard:
             if clock() >= sweep_at:
                 sweep_at = clock() + _SWEEP_S
                 for tier in self.tiers:
+                    tier.sweep_due = True
                     if tier.opened:
-                        self._tend(tier, self._sweep_quietly)
                         self.upkeep.suspect(tier)
 
     def _tend(
@@ -613,7 +614,7 @@ class Shard:
             logger.info("swept segments that nothing knew", tier=tier.name, segments=swept)
 
     async def _sweep_quietly(self, tier: Tier) -> None:
-        tier.suspect = False
+        tier.suspect = tier.sweep_due = False
         try:
             await self.sweep(tier)
         except VswapError as error:
