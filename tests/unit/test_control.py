@@ -391,6 +391,63 @@ async def test_of_two_lives_the_older_leaves_the_newer_ones_segments_alone(tmp_p
         assert await there() == set()
 
 
+async def test_an_older_life_stays_the_older_one_over_a_restart(tmp_path: Path) -> None:
+    """With nobody there to say it again."""
+    both = TierSpec(
+        name="both", capacity_bytes=256 * MIB, rank=60, redundancy="mirror:2",
+        urls=tuple(f"file://{tmp_path / place}" for place in "ab"),
+    )  # fmt: skip
+    tiers = [(objects(tmp_path / "o"), TierState.ACTIVE), (both, TierState.ACTIVE)]
+    seams = Seams(late_s=0)
+
+    def there() -> set[Path]:
+        found = (path for place in "oab" for path in (tmp_path / place).rglob("*"))
+        return {path for path in found if path.is_file()}
+
+    async with open_shard(tmp_path / "s", ram(), seams=seams) as shard:
+        await shard.join(uuid4())
+        await shard.configure(4, tiers)
+        for name in ("objects", "both"):
+            shard.set_grant(name, 64 * MIB)
+            space = shard.spaces.create(name, limits=Limits(tiers=(name,)))
+            shared = shard.tiers.get(name)
+            await shard.pager.store(space, slots(1), pages(slots(1), 1))
+            theirs = shared.segment_name(next(iter(shared.segments)))
+            await shard.pager.free(space, slots(1))
+            async with asyncio.timeout(10):
+                while shared.segments:
+                    await asyncio.sleep(0.02)
+            await shared.backend.put(theirs, b"of the newer life")
+            await shard.pager.store(space, slots(1), pages(slots(1), 1))
+        shard.disown(outlived=True)
+        for name in ("objects", "both"):
+            await shard.pager.free(shard.spaces.get(name), slots(1))
+        incarnation, before = shard.incarnation, there()
+        assert before
+    for _ in range(2):
+        async with open_shard(tmp_path / "s", ram(), seams=seams) as shard:
+            # What it does of itself: dead segments, a sweep, an audit of every server.
+            assert shard.incarnation == incarnation
+            assert shard.reaper.pending
+            for name in ("objects", "both"):
+                tier = shard.tiers.get(name)
+                assert tier.state is TierState.DRAINED
+                await shard.sweep(tier)
+            assert not await shard.reaper.pass_once()
+            await asyncio.sleep(0.3)
+            assert there() == before
+    async with open_shard(tmp_path / "s", ram(), seams=seams) as shard:
+        await shard.configure(4, tiers)
+        for name in ("objects", "both"):
+            await shard.sweep(shard.tiers.get(name))
+        async with asyncio.timeout(10):
+            while shard.reaper.pending:
+                await asyncio.sleep(0.02)
+        assert not there()
+    async with open_shard(tmp_path / "s", ram(), seams=seams) as shard:
+        assert shard.incarnation == incarnation + 1
+
+
 async def test_a_tier_without_its_password_holds_nothing_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

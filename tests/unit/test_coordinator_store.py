@@ -184,6 +184,16 @@ def test_a_file_that_is_gone_begins_no_other_cluster(path: Path, left: bytes | N
     assert Store.open(path, str(uuid4())).load().cluster == CLUSTER
 
 
+def test_an_older_format_begins_no_other_cluster(path: Path) -> None:
+    older = path.with_name("state.sqlite")
+    older.write_bytes(b"SQLite format 3\0")
+    with pytest.raises(StateInvalid, match="format 1"):
+        Store.open(path, CLUSTER)
+    assert list(path.parent.iterdir()) == [older]
+    older.unlink()
+    assert Store.open(path, CLUSTER).load().cluster == CLUSTER
+
+
 def test_a_first_start_that_was_killed_begins_again(path: Path) -> None:
     path.with_name(f"{FILE}.new").write_bytes(b'{"vswap": "coord')
     assert Store.open(path, CLUSTER).load().cluster == CLUSTER

@@ -16,6 +16,7 @@ from vswap.node import former, handles
 from vswap.node.differences import Checked
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
+from vswap.node.spaces import Limits
 from vswap.wire.errors import TierUnavailable
 
 SLOTS = np.arange(300, dtype=np.uint64)
@@ -37,6 +38,10 @@ async def _until(what: Callable[[], bool]) -> None:
     while not what():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+async def _away(*_: object) -> int:
+    raise TierUnavailable("away")
 
 
 async def _fill(state: Path, disk: Path) -> None:
@@ -68,13 +73,10 @@ async def test_it_is_made_up_for_where_a_tier_was_away_or_the_node_was_killed(
 ) -> None:
     state, disk = tmp_path / "s", tmp_path / "o"
 
-    async def away(*_: object) -> int:
-        raise TierUnavailable("away")
-
     for _ in range(2):
         await _fill(state, disk)
         with monkeypatch.context() as patch:
-            patch.setattr(former, "_delete", away)
+            patch.setattr(former, "_delete", _away)
             shard = await Shard.open(state, [objects(disk)], fresh=True)
             await asyncio.sleep(0.05)
             await shard.close()
@@ -86,6 +88,35 @@ async def test_it_is_made_up_for_where_a_tier_was_away_or_the_node_was_killed(
         assert (await shard.pager.load(shard.spaces.get("a"), SLOTS) == pages(SLOTS, 1)).all()
         await shard.pager.free(shard.spaces.get("a"), SLOTS)
         await _until(lambda: not _files(disk))
+
+
+async def test_a_tier_that_is_away_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a file that only looks like a note."""
+    state, away = tmp_path / "s", tmp_path / "away"
+    tiers = (objects(away, "away", rank=1), objects(tmp_path / "o"))
+    async with open_shard(state, *tiers) as shard:
+        for tier in ("away", "objects"):
+            space = shard.spaces.create(tier, limits=Limits(tiers=(tier,)))
+            await shard.pager.store(space, SLOTS, pages(SLOTS, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(former, "_delete", _away)
+        # A life that knows its tiers, so that the next one starts without them.
+        async with open_shard(state, *tiers, fresh=True):
+            pass
+    assert len(list(state.glob("former-*"))) == 1
+    (state / "former-x").touch()
+    away.rename(tmp_path / "elsewhere")
+    away.touch()
+    async with open_shard(state, *tiers, seams=SEAMS) as shard:
+        assert not shard.tiers.get("away").opened
+        await _until(lambda: not _files(tmp_path / "o"))
+        assert len(list(state.glob("former-*"))) == 2
+        away.unlink()
+        (tmp_path / "elsewhere").rename(away)
+        await _until(lambda: not _files(away))
+        await _until(lambda: [path.name for path in state.glob("former-*")] == ["former-x"])
 
 
 async def test_a_state_of_an_earlier_boot_counts_as_well(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from shards import MIB, objects, open_shard, pages, ram
 from vswap.node.seams import Seams
 from vswap.node.shard import Shard
 from vswap.node.spaces import Limits
+from vswap.node.tier import Tier, TierState
 from vswap.tiers.backend import Backend
 from vswap.tiers.factory import make_redundant, make_single
 from vswap.tiers.spec import TierSpec
-from vswap.wire.errors import BackendRefused, TierUnavailable
+from vswap.wire.errors import BackendRefused, OutOfTiers, TierUnavailable
 
 SLOTS = np.arange(50, dtype=np.uint64)
 PAGES = pages(SLOTS, 1)
@@ -207,3 +209,46 @@ async def test_what_dies_while_another_tier_is_read_is_deleted_once_nobody_bring
                 await asyncio.sleep(0.01)
         assert not shard.handles.pins.any()
         assert not shard.reaper.pending
+
+
+async def test_nobody_waits_for_a_tier_that_went_before_it_was_tried(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared memory was full when it came."""
+    async with open_shard(site.state, ram(), seams=site.seams()) as shard:
+        await shard.join(uuid4())
+        saved = shard._save_tiers
+        calls = 0
+
+        def full() -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise OutOfTiers("full")
+            saved()
+
+        with monkeypatch.context() as patch, pytest.raises(OutOfTiers):
+            patch.setattr(shard, "_save_tiers", full)
+            await shard.configure(1, [(site.tier("new"), TierState.ACTIVE)])
+        tried = shard.tiers.get("new").tried
+        assert not tried.done()
+        await shard.configure(2, [])
+        assert tried.done()
+
+
+async def test_a_sweep_is_not_forgotten_over_a_check(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They fall due in one tick, and a tier has one of them at a time."""
+    monkeypatch.setattr("vswap.node.shard._CHECK_S", 0.0)
+    monkeypatch.setattr("vswap.node.shard._SWEEP_S", 1.0)
+    async with open_shard(site.state, site.tier("t"), seams=site.seams()) as shard:
+        swept = asyncio.Event()
+
+        async def sweep(_: Tier) -> int:
+            swept.set()
+            return 0
+
+        monkeypatch.setattr(shard._sweeper, "sweep", sweep)
+        async with asyncio.timeout(SOON_S):
+            await swept.wait()

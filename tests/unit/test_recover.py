@@ -6,13 +6,15 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from shards import objects, open_shard, pages, slots
+from shards import objects, open_shard, pages, ram, slots
 
 from vswap.node.seams import Seams
+from vswap.node.shard import Shard
 from vswap.tiers.backend import Backend, Buffer, SegmentName
 from vswap.tiers.factory import make_backend
 from vswap.tiers.spec import TierSpec
 from vswap.tiers.wrappers.base import Wrapper
+from vswap.wire.errors import BackendRefused, StateInvalid
 
 
 class Unanswered(Wrapper):
@@ -67,3 +69,27 @@ async def test_a_segment_that_was_being_written_at_the_kill_is_deleted(
             assert (loaded == pages(slots(1), 1)).all()
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
+
+
+async def test_the_arena_of_an_empty_tier_may_have_any_capacity(tmp_path: Path) -> None:
+    """A first start that failed left it, or nothing is in it any more."""
+    state = tmp_path / "s"
+    state.mkdir()
+    (tmp_path / "wrong").write_text("is no directory")
+    with pytest.raises(BackendRefused):
+        await Shard.open(state, [ram(mib=64), objects(tmp_path / "wrong", "wrong")])
+    async with open_shard(state, ram(mib=8)) as shard:
+        space = shard.spaces.create("s")
+        await shard.pager.store(space, slots(1, 2), pages(slots(1, 2), 1))
+    with pytest.raises(StateInvalid, match="set capacity_bytes back"):
+        await Shard.open(state, [ram(mib=64)])
+    async with open_shard(state, ram(mib=8)) as shard:
+        space = shard.spaces.get("s")
+        assert (await shard.pager.load(space, slots(1, 2)) == pages(slots(1, 2), 1)).all()
+        await shard.pager.free(space, slots(1, 2))
+    for mib in (64, 4):
+        async with open_shard(state, ram(mib=mib)) as shard:
+            space = shard.spaces.get("s")
+            await shard.pager.store(space, slots(1, 2), pages(slots(1, 2), mib))
+            assert (await shard.pager.load(space, slots(1, 2)) == pages(slots(1, 2), mib)).all()
+            await shard.pager.free(space, slots(1, 2))

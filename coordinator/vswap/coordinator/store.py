@@ -33,6 +33,7 @@ FILE = "state.jsonl"
 
 _OWNER = "coordinator"
 _WAY_OUT = "restore it from a copy, or move its directory away to begin a new cluster"
+_FORMAT_1 = "state.sqlite"
 _BEGUN = "begun"
 """Lies beside the file once there is one, with the number of the last write: without it a new
 cluster may begin, and any state counts."""
@@ -58,6 +59,13 @@ class Store:
         store = cls(path)
         least = store._least()
         if least is None and not path.exists():
+            older = path.with_name(_FORMAT_1)
+            if older.exists():
+                raise store._invalid(
+                    f"is not there, but {older}, of format 1, is, which this coordinator does not "
+                    "read; use the version of vswap that wrote it, or move its directory away to "
+                    "begin a new cluster"
+                )
             store.write(
                 [(("cluster",), {"uuid": new_cluster}), (("generation",), {"generation": 1})]
             )

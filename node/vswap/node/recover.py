@@ -27,8 +27,11 @@ from vswap.wire.errors import StateInvalid
 logger = structlog.get_logger("vswap.node.recover")
 
 
-def recover(handles: Handles, ledger: Ledger, spaces: Spaces, tiers: Tiers, reaper: Reaper) -> None:
-    """Takes up the state of an earlier life. Synchronous; before any request is served."""
+def recount(ledger: Ledger) -> None:
+    """Rebuilds the books from the tables, before anything there is touched.
+
+    Raises StateInvalid where the tables contradict the rows.
+    """
     strays = ledger.recount()
     if len(strays):
         raise StateInvalid(
@@ -36,6 +39,11 @@ def recover(handles: Handles, ledger: Ledger, spaces: Spaces, tiers: Tiers, reap
             f"(first: tag {int(entry.tags(strays)[0])}, handle {int(entry.handles(strays)[0])}); "
             "the state is damaged; --fresh starts empty",
         )
+
+
+def recover(handles: Handles, ledger: Ledger, spaces: Spaces, tiers: Tiers, reaper: Reaper) -> None:
+    """Takes up the state of an earlier life, once it is counted. Synchronous; before any request is
+    served."""
     known = {tier.tag: tier for tier in tiers}
     kept = dropped = 0
     in_use = handles.in_use()

@@ -38,7 +38,7 @@ from vswap.node.promote import Promoter
 from vswap.node.reader import Reader
 from vswap.node.reaper import Reaper
 from vswap.node.reclaim import Reclaim
-from vswap.node.recover import recover
+from vswap.node.recover import recount, recover
 from vswap.node.scrub import Scrubbed, Scrubber
 from vswap.node.seams import Seams
 from vswap.node.spaces import Spaces, load_json, replace_json
@@ -87,6 +87,8 @@ class Shard:
         """Tier name to tag, as in ``tiers.json``; a tag is freed only when its tier is empty."""
         self._configured: list[tuple[TierSpec, TierState]] = []
         self.generation = 0
+        self._outlived = False
+        """The cluster knows a newer life of this shard, as it last said; on file with the tiers."""
         self._background: set[asyncio.Task[None]] = set()
         self._tending: dict[Tier, asyncio.Task[Any]] = {}
         """Who opens or sweeps a tier, beside the others: one that does not answer holds up none."""
@@ -136,6 +138,7 @@ class Shard:
         self._assemble()
         if not new:
             self._load_tiers()
+            recount(self.ledger)
         self._save_tiers()
         unknown = [spec.name for spec in specs if spec.name not in self._tags]
         for spec in specs:
@@ -144,7 +147,9 @@ class Shard:
             self._add_tier(spec, state, local=False)
         if not new:
             recover(self.handles, self.ledger, self.spaces, self.tiers, self.reaper)
-        self.handles.begin_life()
+        if not self._outlived:
+            # It must not become the newest by a restart, nor the newest one's equal.
+            self.handles.begin_life()
         if new:
             self._region.remove(UNBEGUN)
         await self._open_first(unknown)
@@ -286,20 +291,21 @@ class Shard:
         own tiers stays.
 
         ``outlived``: or it knows a newer life of it. What is there may be that one's, so nothing is
-        deleted either, until the cluster takes this one for the newest.
+        deleted either, in later lives as well, until the cluster takes this one for the newest.
         """
         for tier in self.tiers:
             if not tier.local:
                 tier.state, tier.fenced = TierState.DRAINED, outlived
-        before = self._configured
-        self._configured = [(spec, TierState.DRAINED) for spec, _ in before]
-        if before != self._configured:
+        before = self._configured, self._outlived
+        self._configured = [(spec, TierState.DRAINED) for spec, _ in self._configured]
+        self._outlived = outlived
+        if before != (self._configured, self._outlived):
             try:
                 self._save_tiers()
             except VswapError as error:
                 # Shared memory is full. The coordinator will say it again.
-                self._configured = before
-                logger.warning("cannot note that the cluster forgot this node", error=str(error))
+                self._configured, self._outlived = before
+                logger.warning("cannot note that the cluster refused this node", error=str(error))
 
     # ---------------------------------------------------------------- tiers
 
@@ -318,7 +324,7 @@ class Shard:
                     f"tier {spec.name!r} of the cluster has the name of one of this node's own",
                     name=spec.name,
                 )
-        self.generation = generation
+        self.generation, self._outlived = generation, False
         for tier in self.tiers:
             tier.fenced = False
         wanted = {spec.name: (spec, state) for spec, state in tiers}
@@ -336,6 +342,9 @@ class Shard:
             self.upkeep.forget(tier)
             if tier in self._tending:
                 self._tending[tier].cancel()
+            if not tier.tried.done():
+                # It may never have got as far.
+                tier.tried.set_result(None)
             if self._seams.faults is not None:
                 self._seams.faults.forget(tier.name)
             await tier.backend.close()
@@ -394,6 +403,7 @@ class Shard:
             clock=self._seams.clock, rng=self._seams.rng,
         )  # fmt: skip
         tier.state = state
+        tier.fenced = self._outlived and not local
         tier.on_pressure = self.reclaim.poke
         log: RamLog | SegmentLog
         if tier.ram is not None:
@@ -420,13 +430,15 @@ class Shard:
 
     def _make_arena(self, spec: TierSpec, tag: int, capacity: int) -> RamBackend:
         name = f"tier-{tag}.arena"
-        rows = self.handles.rows[self.handles.in_use()]
-        if not self._region.exists(name):
-            if (rows["tag"] == tag).any():
-                raise StateInvalid(
-                    f"{name}, with the pages of tier {spec.name}, is missing; --fresh starts empty"
-                )
+        rows = self.handles.rows[np.flatnonzero(self.handles.live_records)]
+        blocks = rows["block"][rows["tag"] == tag]
+        if not blocks.size:
+            # Of whatever capacity it was: a first start that failed may have left one.
             return RamBackend(self._region.create(name, capacity), capacity)
+        if not self._region.exists(name):
+            raise StateInvalid(
+                f"{name}, with the pages of tier {spec.name}, is missing; --fresh starts empty"
+            )
         old = self._region.size(name)
         if old - mmap.PAGESIZE >= capacity or block_size(old) != block_size(capacity):
             # Rows name their blocks by number, which would now mean other bytes.
@@ -435,8 +447,7 @@ class Shard:
                 f"of {capacity}: set capacity_bytes back, or start with --fresh and lose the pages",
                 tier=spec.name,
             )
-        blocks = rows["block"][rows["tag"] == tag]
-        if blocks.size and (int(blocks.max()) + 1) * block_size(old) > old:
+        if (int(blocks.max()) + 1) * block_size(old) > old:
             raise StateInvalid(f"{name} is shorter than what lies in it; --fresh starts empty")
         return RamBackend(self._region.open(name, capacity, grow=True), capacity)
 
@@ -462,6 +473,7 @@ class Shard:
             "version": TIERS_VERSION,
             "tags": self._tags,
             "generation": self.generation,
+            "outlived": self._outlived,
             "tiers": [
                 {"spec": spec.model_dump(), "state": int(state)} for spec, state in self._configured
             ],
@@ -474,6 +486,7 @@ class Shard:
         try:
             self._tags = {str(name): int(tag) for name, tag in state["tags"].items()}
             self.generation = int(state["generation"])
+            self._outlived = bool(state.get("outlived"))
             self._configured = [
                 (TierSpec(**item["spec"]), TierState(item["state"])) for item in state["tiers"]
             ]
@@ -544,7 +557,8 @@ class Shard:
                     self._tend(tier, self._open_backend)
                 self._regrow(tier)
                 self.upkeep.watch(tier)
-                if tier.opened and tier.suspect and not tier.sick_for_s and not tier.redundant:
+                due = tier.sweep_due or (tier.suspect and not tier.redundant)
+                if tier.opened and due and not tier.sick_for_s:
                     self._tend(tier, self._sweep_quietly)
                 if tier.local:
                     self.reclaim.mend(tier, self.upkeep.repairable(tier))
@@ -564,8 +578,8 @@ class Shard:
             if clock() >= sweep_at:
                 sweep_at = clock() + _SWEEP_S
                 for tier in self.tiers:
+                    tier.sweep_due = True
                     if tier.opened:
-                        self._tend(tier, self._sweep_quietly)
                         self.upkeep.suspect(tier)
 
     def _tend(
@@ -600,7 +614,7 @@ class Shard:
             logger.info("swept segments that nothing knew", tier=tier.name, segments=swept)
 
     async def _sweep_quietly(self, tier: Tier) -> None:
-        tier.suspect = False
+        tier.suspect = tier.sweep_due = False
         try:
             await self.sweep(tier)
         except VswapError as error:

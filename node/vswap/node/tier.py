@@ -72,6 +72,8 @@ class Tier:
         """Segments (handle -> word of the row) that the last listing of the backend lacked."""
         self.suspect = False
         """The backend failed, or had not what it should have, since it was last listed."""
+        self.sweep_due = False
+        """It is time to list it; kept until somebody does."""
         self.room_changed = asyncio.Event()
         """Set whenever room may have appeared; waiters clear it."""
         self.on_pressure: Callable[[], None] = lambda: None
