@@ -178,7 +178,9 @@ def check_a_disk(device: Path) -> None:
 
 
 def check_swapping(node: Node) -> None:
-    [device] = re.findall("^/dev/nbd.*$", vswap(*ATTACH), re.MULTILINE)
+    # What was written to the device before is still stored.
+    attached = vswap(*ATTACH, "--overwrite")
+    [device] = re.findall("^/dev/nbd.*$", attached, re.MULTILINE)
     assert machine.swaps() == [device]
     queue = Path("/sys/block") / Path(device).name / "queue"
     told = {
