@@ -130,7 +130,7 @@ def own_bytes(pid: int) -> int:
 def wait_for_the_old_state(
     client: Client, process: psutil.Process, files: int, memory_bytes: int
 ) -> None:
-    until_s = time.monotonic() + 10
+    until_s = time.monotonic() + 30
     while (
         client.status().counters["pinned_segments"] > 0
         or process.num_fds() > files + 2
@@ -156,7 +156,7 @@ def test_nothing_leaks_when_clients_vanish(tmp_path: Path) -> None:
         storm(unix, 3.0, 4)
         storm(tcp, 3.0, 5)
         # Storms leave the allocator with more than a leak would show in; the churn is for leaks.
-        wait_for_the_old_state(client, process, files, memory + (160 << 20))
+        wait_for_the_old_state(client, process, files, memory + (96 << 20))
         with Nbd(unix) as disk:
             disk.go("swap").write(0, b"still here")
             assert disk.read(0, 10) == b"still here"
@@ -185,7 +185,7 @@ def test_two_hundred_connections_at_once(tmp_path: Path) -> None:
             assert answer.pieces[0][1] == wanted[n]
         for disk in disks:
             disk.sock.close()
-        until_s = time.monotonic() + 10
+        until_s = time.monotonic() + 30
         while process.num_fds() > files:
             assert time.monotonic() < until_s, process.num_fds()
             time.sleep(0.05)
